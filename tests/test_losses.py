@@ -1,0 +1,294 @@
+"""Losses: parity with `transformers`, corner cases of targets and matching, eq. 15, eq. 16, precision, several processes."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reinpp.losses import (Target, average_count, confidence, mask_classification_loss, match, normalize_scores, normalized_score_loss, paired_loss,
+                           point_sample, targets_from_labels, uncertain_points)
+from reinpp.mask2former import HeadOutput
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def blocks(batch=2, size=64, classes=(0, 2, 8, 10, 13)):
+    "Labels of rectangles, with an ignored band."
+    labels = torch.full((batch, size, size), 255)
+    for i in range(batch):
+        for k in classes[: len(classes) - i]:
+            y, x = torch.randint(0, size * 3 // 4, (2,)).tolist()
+            labels[i, y:y + size // 2, x:x + size // 3] = k
+    labels[:, :4] = 255
+    return labels
+
+
+def predictions(number=3, batch=2, queries=12, size=16, grad=False):
+    make = lambda *shape: [torch.randn(shape).requires_grad_(grad) for _ in range(number)]
+    return HeadOutput(make(batch, queries, 20), [m for m in make(batch, queries, size, size)])
+
+
+def same_points(monkeypatch):
+    "torch.rand returns one fixed pattern for its last two axes, so that two implementations draw equal points whatever their order."
+    pattern = torch.rand(4096, 2)
+
+    def rand(*shape, device=None, **_):
+        shape = tuple(shape[0]) if len(shape) == 1 else shape
+        return pattern[: shape[-2]].expand(shape).contiguous().to(device)
+    monkeypatch.setattr(torch, "rand", rand)
+
+
+# parity ---------------------------------------------------------------------------------------------------------------------
+
+def their_loss(num_points):
+    pytest.importorskip("transformers")
+    from transformers import Mask2FormerConfig, SwinConfig
+    from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+    config = Mask2FormerConfig(backbone_config=SwinConfig(), num_labels=19, train_num_points=num_points, class_weight=2.0, mask_weight=5.0, dice_weight=5.0, no_object_weight=.1)
+    return Mask2FormerLoss(config, {})
+
+
+@pytest.mark.parametrize("queries", [12, 3])  # fewer queries than targets: some targets stay unmatched
+@pytest.mark.parametrize("num_points", [256, 1000])
+def test_parity_of_matching_and_loss(monkeypatch, num_points, queries):
+    output, targets = predictions(queries=queries, grad=True), targets_from_labels(blocks(), 19)
+    theirs = their_loss(num_points)
+    same_points(monkeypatch)
+    masks, classes = [t.masks.float() for t in targets], [t.classes for t in targets]
+
+    matched, start = match(output, targets, num_points), 0
+    for image, t in enumerate(targets):
+        ours = matched[:, start:start + len(t.classes)]
+        for i, (c, m) in enumerate(zip(output.class_logits, output.mask_logits)):
+            query, target = theirs.matcher(m, c, masks, classes)[image]
+            expected = torch.full((len(t.classes),), -1); expected[target] = query
+            assert ours[i].equal(expected)
+        start += len(t.classes)
+
+    expected = [theirs(m, c, masks, classes) for c, m in zip(output.class_logits, output.mask_logits)]
+    loss = mask_classification_loss(output, targets, num_points)
+    for name, key, weight in (("class", "loss_cross_entropy", 2), ("mask", "loss_mask", 5), ("dice", "loss_dice", 5)):
+        assert abs(loss[name] - weight * sum(e[key] for e in expected)) < 1e-4, name
+    leaves = [*output.class_logits, *output.mask_logits]
+    ours = torch.autograd.grad(loss["total"], leaves)
+    total = sum(2 * e["loss_cross_entropy"] + 5 * e["loss_mask"] + 5 * e["loss_dice"] for e in expected)
+    for a, b in zip(torch.autograd.grad(total, leaves), ours): assert (a - b).abs().max() < 1e-5
+
+
+# targets ----------------------------------------------------------------------------------------------------------------------
+
+def test_one_mask_per_class_and_255_is_background():
+    labels = blocks()
+    for label, target in zip(labels, targets_from_labels(labels, 19)):
+        assert target.classes.tolist() == [k for k in label.unique().tolist() if k != 255]
+        assert all(m.equal(label == k) for k, m in zip(target.classes, target.masks))
+        assert not target.masks[:, label == 255].any()
+    assert targets_from_labels(labels.to(torch.uint8), 19)[0].classes.dtype == torch.int64
+
+
+def test_ignored_pixels_push_masks_down():
+    label = torch.full((1, 32, 32), 255); label[:, 16:] = 4
+    mask = torch.zeros(1, 1, 32, 32, requires_grad=True)
+    mask_classification_loss(HeadOutput([torch.zeros(1, 1, 20)], [mask]), targets_from_labels(label, 19), 2048)["total"].backward()
+    assert mask.grad[0, 0, 17:].max() <= 0 and mask.grad[0, 0, :15].min() >= 0 and mask.grad[0, 0, :15].max() > 0
+
+
+def test_labels_outside_the_classes_are_refused():
+    with pytest.raises(ValueError, match=r"\[19\].*19 classes"): targets_from_labels(torch.full((1, 2, 2), 19), 19)
+    with pytest.raises(ValueError, match="2 targets for a batch of 3"): mask_classification_loss(predictions(batch=3), targets_from_labels(blocks(2), 19), 64)
+
+
+def test_no_targets_at_all_and_in_one_image():
+    labels = blocks(); labels[0] = 255
+    for lab in (labels, torch.full_like(labels, 255)):
+        output = predictions(grad=True)
+        loss = mask_classification_loss(output, targets_from_labels(lab, 19), 128)
+        loss["total"].backward()
+        assert all(v.isfinite() for v in loss.values())
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in (*output.class_logits, *output.mask_logits))
+    assert loss["mask"] == loss["dice"] == 0 < loss["class"]
+
+
+# matching ---------------------------------------------------------------------------------------------------------------------
+
+def test_perfect_queries_are_found_in_any_order():
+    targets = targets_from_labels(blocks(), 19)
+    output, order = predictions(1), [torch.randperm(12) for _ in targets]
+    for i, t in enumerate(targets):
+        query = order[i][: len(t.classes)]
+        output.mask_logits[0][i, query] = 40 * F.interpolate(t.masks[None].float(), size=16, mode="area")[0] - 20
+        output.class_logits[0][i, query, t.classes] = 20
+    assert match(output, targets, 2048)[0].tolist() == torch.cat([q[: len(t.classes)] for q, t in zip(order, targets)]).tolist()
+
+
+def test_padded_queries_are_never_matched_and_learn_nothing():
+    output, targets = predictions(grad=True), targets_from_labels(blocks(), 19)
+    padding = torch.zeros(2, 12, dtype=torch.bool); padding[0, 4:] = True; padding[1, 2:] = True
+    output = output._replace(padding=padding)
+    matched, sizes = match(output, targets, 256), [len(t.classes) for t in targets]
+    assert (matched[:, : sizes[0]] < 4).all() and (matched[:, sizes[0]:] < 2).all()
+    assert (matched[:, sizes[0]:] >= 0).sum(1).tolist() == [min(2, sizes[1])] * 3  # more targets than queries: the rest stays unmatched
+    mask_classification_loss(output, targets, 256)["total"].backward()
+    for x in (*output.class_logits, *output.mask_logits): assert x.grad[padding].abs().sum() == 0 < x.grad[~padding].abs().sum()
+
+
+def test_padding_equals_leaving_out(monkeypatch):
+    same_points(monkeypatch)
+    output, targets = predictions(batch=1), targets_from_labels(blocks(1), 19)
+    padded = output._replace(padding=torch.arange(12)[None] >= 7)
+    short = HeadOutput([c[:, :7] for c in output.class_logits], [m[:, :7] for m in output.mask_logits])
+    a, b = mask_classification_loss(padded, targets, 256), mask_classification_loss(short, targets, 256)
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    everything = mask_classification_loss(output._replace(padding=torch.ones(1, 12, dtype=torch.bool)), targets, 256)
+    assert everything["total"] == 0
+
+
+def test_broken_predictions_do_not_stop_the_matching():
+    output, targets = predictions(1), targets_from_labels(blocks(), 19)
+    output.mask_logits[0][0, 3] = torch.nan
+    matched = match(output, targets, 128)
+    assert (matched >= 0).all() and 3 not in matched[0, : len(targets[0].classes)]
+
+
+def test_one_copy_to_the_host(monkeypatch):
+    output, targets = predictions(5), targets_from_labels(blocks(), 19)
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self, *a, **k: copies.append(self.shape) or cpu(self, *a, **k))
+    for name in ("item", "tolist", "__bool__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, **k: pytest.fail("another synchronisation"))
+    mask_classification_loss(output._replace(padding=torch.zeros(2, 12, dtype=torch.bool)), targets, 128)
+    assert copies == [(5, 2, 12, 5)]
+
+
+# points -----------------------------------------------------------------------------------------------------------------------
+
+def test_uncertain_points():
+    logits = torch.linspace(-8, 8, 64).expand(1, 1, 64, 64)  # the border is the column in the middle
+    points = uncertain_points(logits, 400, importance=.75)
+    x = points[0, :, 0]
+    assert points.shape == (1, 400, 2) and points.min() >= 0 and points.max() <= 1
+    assert ((x - .5).abs() < .2).float().mean() > .75 and (x[-100:] - .5).abs().max() > .4
+    assert torch.allclose(point_sample(logits, torch.tensor([[[.5, .5]]])), torch.zeros(1, 1, 1), atol=1e-6)
+
+
+# eq. 15 -----------------------------------------------------------------------------------------------------------------------
+
+def test_normalized_score_loss():
+    scores, labels, weights = torch.rand(2, 19, 8, 8), torch.randint(0, 19, (2, 8, 8)), torch.rand(2, 8, 8)
+    labels[:, :2] = 255
+    p = scores / scores.sum(1, keepdim=True)
+    picked = p.gather(1, labels.clamp(max=18)[:, None])[:, 0]
+    expected = (-picked.log() * weights * (labels != 255)).sum() / labels.numel()  # over all pixels, ignored ones included
+    assert torch.allclose(normalized_score_loss(scores, labels, weights), expected, atol=1e-4)
+    assert torch.allclose(normalize_scores(scores), p, atol=1e-4)
+    large = F.interpolate(scores, size=(32, 32), mode="bilinear")
+    grown, ones = torch.randint(0, 19, (2, 32, 32)), torch.ones(2, 32, 32)
+    assert torch.allclose(normalized_score_loss(scores, grown, ones), normalized_score_loss(large, grown, ones), atol=1e-5)
+
+
+def test_normalized_score_loss_is_finite_where_nobody_claims_a_pixel():
+    scores = torch.zeros(1, 19, 4, 4, requires_grad=True)
+    loss = normalized_score_loss(scores, torch.zeros(1, 4, 4, dtype=torch.int64), torch.ones(1, 4, 4))
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all() and scores.grad[0, 0].max() < 0
+    assert torch.allclose(normalize_scores(scores), torch.full_like(scores, 1 / 19))
+    assert normalized_score_loss(scores, torch.full((1, 4, 4), 255), torch.ones(1, 4, 4)) == 0
+
+
+def test_confidence_counts_valid_pixels_and_no_softmax():
+    scores = torch.zeros(2, 19, 4, 4); scores[:, 3] = .7; scores[0, 5, :2] = .5
+    assert confidence(scores, .9).tolist() == [.5, 1.]
+    valid = torch.zeros(2, 4, 4, dtype=torch.bool); valid[0, 1:] = True
+    assert torch.allclose(confidence(scores, .9, valid), torch.tensor([2 / 3, 0.]))
+    perfect = F.one_hot(torch.arange(16).view(1, 4, 4), 19).permute(0, 3, 1, 2).float()
+    assert perfect.softmax(1).max() < .132 and confidence(perfect, .968) == 1  # a softmax over scores would make every weight 0
+    assert F.cross_entropy(perfect, perfect.argmax(1)) > 2.03 and normalized_score_loss(perfect, perfect.argmax(1), torch.ones(1, 4, 4)) < 1e-4
+
+
+# eq. 16 -----------------------------------------------------------------------------------------------------------------------
+
+def test_paired_loss_by_hand():
+    student, teacher = predictions(10, queries=6), predictions(1, queries=6)
+    teacher_class, teacher_mask = teacher.class_logits[0], teacher.mask_logits[0]
+    teacher_class[:, 2:, 19] = 9.
+    loss = paired_loss(student, teacher_class, teacher_mask)
+    wanted, weight = teacher_class.argmax(-1), torch.ones(20); weight[19] = .1
+    real, number = wanted < 19, 4
+    t = (teacher_mask.sigmoid() > .5).float()[real].flatten(1)
+    total = 0
+    for c, m in zip(student.class_logits, student.mask_logits):
+        x = m[real].flatten(1)
+        dice = 1 - (2 * (x.sigmoid() * t).sum(1) + 1) / (x.sigmoid().sum(1) + t.sum(1) + 1)
+        total += 2 * F.cross_entropy(c.flatten(0, 1), wanted.flatten(), weight)
+        total += 5 * F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1).sum() / number + 5 * dice.sum() / number
+    assert torch.allclose(loss["total"], total, rtol=1e-5) and torch.allclose(loss["total"], loss["class"] + loss["mask"] + loss["dice"])
+
+
+def test_paired_loss_pairs_by_index_and_knows_no_object():
+    output = predictions(10, queries=6, grad=True)
+    teacher_class, teacher_mask = torch.full((2, 6, 20), -9.), torch.randn(2, 6, 16, 16) * 9
+    teacher_class[:, :3, 4] = teacher_class[:, 3:, 19] = 9.
+    same = HeadOutput([teacher_class] * 10, [teacher_mask.sign() * 30] * 10)
+    swapped = HeadOutput([c.flip(1) for c in same.class_logits], [m.flip(1) for m in same.mask_logits])
+    assert paired_loss(same, teacher_class, teacher_mask)["total"] < .01 < 10 < paired_loss(swapped, teacher_class, teacher_mask)["total"]
+    paired_loss(output, teacher_class, teacher_mask)["total"].backward()
+    for c, m in zip(output.class_logits, output.mask_logits):  # every prediction learns; 'no object' queries learn a class but no mask
+        assert (c.grad.abs().sum(-1) > 0).all() and m.grad[:, 3:].abs().sum() == 0 and (m.grad[:, :3].abs().sum((2, 3)) > 0).all()
+    with pytest.raises(ValueError, match="by index"): paired_loss(output, teacher_class[:, :5], teacher_mask[:, :5])
+
+
+def test_paired_loss_without_real_queries_and_without_padding_pixels():
+    output = predictions(10, queries=6, grad=True)
+    nothing = torch.zeros(2, 6, 20); nothing[..., 19] = 9
+    loss = paired_loss(output, nothing, torch.randn(2, 6, 16, 16))
+    loss["total"].backward()
+    assert loss["mask"] == loss["dice"] == 0 and all(m.grad.abs().sum() == 0 for m in output.mask_logits)
+    something = torch.randn(2, 6, 20); something[..., 19] = -9
+    valid = torch.ones(2, 64, 64, dtype=torch.bool); valid[:, :, 32:] = False
+    a = torch.randn(2, 6, 16, 16); b = a.clone(); b[..., 8:] *= -1
+    assert torch.equal(paired_loss(output, something, a, valid)["total"], paired_loss(output, something, b, valid)["total"])
+    left = HeadOutput(output.class_logits, [m[..., :8] for m in output.mask_logits])
+    assert torch.allclose(paired_loss(output, something, a, valid)["total"], paired_loss(left, something, a[..., :8])["total"], rtol=1e-5)
+
+
+# precision, processes, devices --------------------------------------------------------------------------------------------------
+
+def test_losses_stay_finite_and_float32_under_bfloat16():
+    labels = blocks()
+    output = predictions(grad=True)
+    half = HeadOutput([c.bfloat16() for c in output.class_logits], [(m * 100).bfloat16() for m in output.mask_logits])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [mask_classification_loss(half, targets_from_labels(labels, 19), 256)["total"],
+                  paired_loss(half, half.class_logits[-1], half.mask_logits[-1])["total"],
+                  normalized_score_loss(torch.rand(2, 19, 16, 16).bfloat16(), labels, torch.ones(2, 64, 64))]
+    assert all(x.dtype == torch.float32 and x.isfinite() for x in losses)
+    (losses[0] + losses[1]).backward()
+    assert all(x.grad.isfinite().all() for x in (*output.class_logits, *output.mask_logits))
+
+
+def _process(rank, path, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    value = average_count(rank * 4, torch.device("cpu")).item()
+    empty = mask_classification_loss(predictions(1), targets_from_labels(blocks() if rank else torch.full((2, 64, 64), 255), 19), 64)
+    results[rank] = (value, float(empty["total"]))
+    torch.distributed.destroy_process_group()
+
+
+def test_counts_are_averaged_over_processes(tmp_path):
+    if not torch.distributed.is_available(): pytest.skip("torch was built without distributed")
+    assert average_count(0, torch.device("cpu")) == 1 and average_count(7, torch.device("cpu")) == 7
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_process, (str(tmp_path / "store"), results), nprocs=2)
+        assert results[0][0] == results[1][0] == 2 and results[0][1] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_equals_cpu(monkeypatch):
+    same_points(monkeypatch)
+    output, labels = predictions(), blocks()
+    there = HeadOutput([c.cuda() for c in output.class_logits], [m.cuda() for m in output.mask_logits])
+    a, b = (mask_classification_loss(o, targets_from_labels(l, 19), 1000) for o, l in ((output, labels), (there, labels.cuda())))
+    assert all(abs(a[k] - b[k].cpu()) < 1e-3 for k in a)

@@ -1,0 +1,300 @@
+"""The tool chain's known traps, and that everything that must say the same thing does."""
+
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+# Notebooks that nbdev_test runs (see the Makefile); all others take papermill parameters.
+NUMBERED = re.compile(r"^([0-9][0-9]_|index[.])")
+WITH_PARAMETERS = [path for path in NOTEBOOKS if not NUMBERED.match(path.name)]
+# Imports only ever point up this list.
+ROOMS = """labels scenes datasets transforms backbones rein_g baselines mask2former losses segmenter proposals stm rein_a
+           train evaluate experiments report explore""".split()
+QUARTET = "nbdev", "fastcore", "execnb", "ghapi"
+
+by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def ours(*patterns):
+    """The project's own files (not what is ignored, such as .venv and data sets) that match a pattern."""
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
+
+
+def run(*command, cwd=ROOT):
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def tool(name):
+    """A console script of the environment that runs the tests."""
+    return str(Path(sys.executable).with_name(name))
+
+
+# Pins -----------------------------------------------------------------------------------------------------------------
+
+
+def pins(lines):
+    """{name: version} of lines `name==version`."""
+    found = {}
+    for line in lines:
+        if line.strip() and not line.startswith(("#", "-")):
+            name, version = line.strip().split("==")
+            found[canonicalize_name(name)] = version
+    return found
+
+
+@pytest.fixture(scope="module")
+def constraints():
+    return pins((ROOT / "constraints.txt").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def requirements():
+    """The requirements of `.[dev]`, by name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def test_constraints_pin_every_requirement(constraints, requirements):
+    for name, requirement in requirements.items():
+        assert name in constraints, f"constraints.txt lacks {name}"
+        assert requirement.specifier.contains(constraints[name]), f"constraints.txt has {name} {constraints[name]}, not {requirement}"
+
+
+def test_environment_has_the_same_pins(constraints, requirements):
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = environment["dependencies"][-1]["pip"]
+    assert {"-c constraints.txt", "-e .[dev]"} <= set(pip)
+    assert pins(pip) == {name: constraints[name] for name in requirements}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = next(text for text in environment["dependencies"] if str(text).startswith("python"))
+    assert python.removeprefix("python") == project["requires-python"]
+
+
+def test_settings_pin_nbdev_and_its_companions(constraints, requirements):
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    dev = {requirement.name: requirement for requirement in map(Requirement, settings["DEFAULT"]["dev_requirements"].split())}
+    assert set(dev) == set(QUARTET)
+    for name in QUARTET:
+        assert dev[name].specifier == requirements[name].specifier
+        assert dev[name].specifier.contains(constraints[name])
+    assert settings["DEFAULT"]["lib_name"] == "reinpp"
+    assert settings["DEFAULT"]["update_pyproject"] == "False"
+
+
+def test_pins_name_no_place_on_a_disk_or_a_network():
+    for name in "constraints.txt", "environment.yml", "pyproject.toml":
+        text = (ROOT / name).read_text()
+        assert not re.search(r"https?://|file:|--index-url|--find-links| @ ", text), name
+
+
+# Notebooks ------------------------------------------------------------------------------------------------------------
+
+
+def test_cleaning_keeps_the_parameters_tag(tmp_path):
+    """nbdev_clean with our settings, then papermill -p: the parameter must arrive."""
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}})
+    notebook.cells = [nbformat.v4.new_code_cell("preset = 'auto'", metadata={"tags": ["parameters"], "trusted": True}, execution_count=7)]
+    notebook.cells.append(nbformat.v4.new_code_cell("print('preset is', preset)"))
+    path = tmp_path / "nbs" / "page.ipynb"
+    nbformat.write(notebook, path)
+    run(tool("nbdev_clean"), cwd=tmp_path)
+    cell = nbformat.read(path, as_version=4).cells[0]
+    assert cell.metadata == {"tags": ["parameters"]} and cell.execution_count is None
+    run(tool("papermill"), path, tmp_path / "out.ipynb", "-p", "preset", "tiny", "--no-progress-bar", cwd=tmp_path)
+    assert "preset is tiny" in (tmp_path / "out.ipynb").read_text()
+
+
+@pytest.mark.parametrize("path", WITH_PARAMETERS, ids=lambda path: path.stem)
+def test_has_one_parameters_cell(path):
+    tagged = [cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1, f"{path.name}: papermill needs exactly one cell tagged `parameters`, there are {len(tagged)}"
+    for line in tagged[0].source.splitlines():
+        assert "=" not in line.partition("#")[2], f"{path.name}: a `=` in a parameter's comment hides it from papermill --help-notebook: {line}"
+
+
+@pytest.mark.parametrize("path", WITH_PARAMETERS, ids=lambda path: path.stem)
+def test_is_run_by_a_test(path):
+    """nbdev_test does not run it, so a test must (through papermill, on the small preset)."""
+    tests = [other.read_text() for other in ours("tests/*.py") if other != Path(__file__)]
+    assert any(re.search(rf"\b{path.stem}\b", text) for text in tests), f"no test runs {path.name}"
+
+
+@by_name
+def test_opens_with_a_title_and_a_quoted_line(path):
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# \S.*\n\n> \S", first.source), f"{path.name}: the first cell must be `# Title`, an empty line, `> one line`"
+
+
+@by_name
+def test_saved_outputs_hold_no_error_and_no_path_of_a_machine(path):
+    machine = re.compile(r"(?<![\w.~])(?:/(?:work|root|home|Users|tmp|var|private|mnt|opt|usr)/\w|[A-Z]:\\\\?Users)")
+    for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        texts = [cell.source]
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", f"{path.name}, cell {number}: saved error {output.ename}: {output.evalue}"
+            texts += [output.get("text", "")] + [str(value) for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
+        for text in texts:
+            found = machine.search(text)
+            assert not found, f"{path.name}, cell {number}: {text[found.start():found.start() + 60]!r}"
+
+
+@by_name
+def test_is_small(path):
+    assert path.stat().st_size < 1_000_000, f"{path.name} has {path.stat().st_size:,} bytes: save smaller pictures"
+
+
+def test_modules_and_notebooks_match():
+    """Every module comes from a notebook that is still there; __init__ alone is written by hand."""
+    exported = {}
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            found = re.search(r"(?m)^#\|\s*default_exp (\w+)", cell.source) if cell.cell_type == "code" else None
+            if found:
+                exported[found[1]] = path.name
+    modules = {path.stem for path in ours("reinpp/*.py")} - {"__init__", "_modidx"}
+    assert modules == set(exported)
+
+
+def test_readme_is_the_front_page(tmp_path):
+    run(tool("jupyter"), "nbconvert", "--config", ".ci/readme.py", "--log-level", "WARN", "--output-dir", tmp_path, "nbs/index.ipynb")
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "README.md and nbs/index.ipynb differ: make readme"
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\((?!\w+:|#)([^)#]+)", text):
+        assert (ROOT / link).exists(), f"README.md links to {link}"
+
+
+# The package ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_large_file():
+    result = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, result.stdout.split("\0")):
+        path = ROOT / name
+        assert not path.is_file() or path.stat().st_size < 9_000_000, f"{name} has {path.stat().st_size:,} bytes"
+
+
+def imported_rooms(path):
+    """The modules of the package that a module imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            full = "." * node.level + (node.module or "")
+            if full in (".", "reinpp"):
+                yield from (alias.name for alias in node.names)
+            elif full.startswith((".", "reinpp.")):
+                yield full.removeprefix("reinpp").lstrip(".").split(".")[0]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("reinpp."))
+
+
+@pytest.mark.parametrize("path", [path for path in ours("reinpp/*.py") if not path.name.startswith("_")], ids=lambda path: path.stem)
+def test_imports_point_up(path):
+    assert path.stem in ROOMS, f"{path.name} has no place in the list of rooms"
+    for room in imported_rooms(path):
+        assert room in ROOMS, f"{path.stem} imports {room}, which is no module: import names from the module that defines them"
+        assert ROOMS.index(room) < ROOMS.index(path.stem), f"{path.stem} imports {room}, which stands below it"
+
+
+def python(code):
+    return run(sys.executable, "-c", code)
+
+
+def modules():
+    return [room for room in ROOMS if (ROOT / "reinpp" / f"{room}.py").exists()]
+
+
+def test_modules_import_on_a_bare_machine():
+    """What training needs imports with torch, torchvision, timm, numpy and safetensors alone; the rest of the package without any notebook tool."""
+    code = """
+import importlib, sys
+tools = "nbdev fastcore execnb papermill jupyter jupyter_client jupyter_core IPython ipykernel ipywidgets nbformat pytest sam2 matplotlib".split()
+extra = "cv2 pandas skimage scipy torchmetrics transformers peft".split()
+sys.modules.update(dict.fromkeys(tools + extra))  # None: importing it raises ModuleNotFoundError
+for room in ROOMS:
+    if room in ("experiments", "report", "explore"):
+        for name in extra:
+            sys.modules.pop(name, None)
+    importlib.import_module("reinpp." + room)
+"""
+    python(code.replace("ROOMS", repr(modules())))
+
+
+def test_public_names():
+    """Loaded on first use; and `evaluate` is the function, not its module, in any order of imports."""
+    python("""
+import importlib, sys, types
+import reinpp
+assert "torch" not in sys.modules, "import reinpp alone must be quick"
+for name in reinpp.__all__:
+    value = getattr(reinpp, name)
+    assert not isinstance(value, types.ModuleType), name
+    assert value is getattr(sys.modules["reinpp." + reinpp._HOME[name]], name), name
+assert set(reinpp.__all__) <= set(dir(reinpp))
+try:
+    reinpp.no_such_name
+except AttributeError as error:
+    assert "no_such_name" in str(error)
+else:
+    raise AssertionError("an unknown name must raise AttributeError")
+names = {}
+exec("from reinpp import *", names)
+assert set(reinpp.__all__) <= set(names)
+
+for code in (
+    "from reinpp import evaluate",
+    "import reinpp.evaluate; from reinpp import evaluate",
+    "from reinpp.evaluate import evaluate as first; from reinpp import evaluate; assert first is evaluate",
+    "from reinpp import evaluate as first; from reinpp.evaluate import evaluate; assert first is evaluate",
+    "import reinpp.train; from reinpp import fit, evaluate",
+    "import importlib, reinpp; importlib.import_module('reinpp.evaluate'); evaluate = reinpp.evaluate",
+):
+    for name in [name for name in sys.modules if name.split(".")[0] == "reinpp"]:
+        del sys.modules[name]
+    names = {}
+    exec(code, names)
+    assert isinstance(names["evaluate"], types.FunctionType), (code, names["evaluate"])
+""")
+
+
+def test_export_keeps_the_public_names(tmp_path):
+    """nbdev_export writes the version into __init__.py and leaves the rest alone."""
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "reinpp").mkdir()
+    settings = (ROOT / "settings.ini").read_text()
+    version = re.search(r"(?m)^version = (.+)$", settings)[1]
+    (tmp_path / "settings.ini").write_text(settings.replace(f"version = {version}", "version = 9.8.7"))
+    source = (ROOT / "reinpp" / "__init__.py").read_text()
+    (tmp_path / "reinpp" / "__init__.py").write_text(source)
+    run(tool("nbdev_export"), cwd=tmp_path)
+    assert f'__version__ = "{version}"' in source
+    assert (tmp_path / "reinpp" / "__init__.py").read_text() == source.replace(f'"{version}"', '"9.8.7"')
+    assert str(tmp_path) not in (tmp_path / "reinpp" / "_modidx.py").read_text()
+
+
+def test_ledger_and_paper_are_readable():
+    for path in ours("data/results/*.json"):
+        record = json.loads(path.read_text())
+        assert isinstance(record, dict), path.name
