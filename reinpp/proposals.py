@@ -375,7 +375,7 @@ def _now():
     import time
     return time.monotonic()
 
-# %% ../nbs/10_proposals.ipynb #9ca50cdf
+# %% ../nbs/10_proposals.ipynb #567b3d4c
 def warp(
     proposals: Proposals,    # stored masks of the whole image
     geometry,    # the crop's `transforms.Geometry`: size, top, left, crop, flip
@@ -394,12 +394,10 @@ def warp(
     part = np.take(part, y0 - top, 1) * (16 - y_part)[:, None] + np.take(part, y1 - top, 1) * y_part[:, None]
     part = np.take(part, x0 - 8 * left, 2).astype(np.uint16) * (16 - x_part) + np.take(part, x1 - 8 * left, 2).astype(np.uint16) * x_part
     part *= inside_y[:, None] & inside_x
-    out = (geometry.crop[0] // stride, geometry.crop[1] // stride)
-    points = (len(y0) // out[0], len(x0) // out[1])
-    if max(points) > 1:
-        part = part.reshape(-1, out[0], points[0], out[1], points[1]).sum((2, 4), dtype=np.uint32)
-    inside = part >= 128 * points[0] * points[1]
-    return torch.from_numpy(inside[inside.reshape(len(inside), -1).any(1)])
+    down, across = len(y0) * stride // geometry.crop[0], len(x0) * stride // geometry.crop[1]    # points per cell of the result
+    part = sum(part[:, i::down, j::across].astype(np.uint32) for i in range(down) for j in range(across))
+    inside = part >= 128 * down * across
+    return torch.from_numpy(inside[inside.any((1, 2))])
 
 
 def _source(crop, shown, start, shrink, cells, reduction, stride, flip):

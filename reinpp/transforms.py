@@ -54,7 +54,7 @@ def resize_label(label: torch.Tensor, size) -> torch.Tensor:
     "Labels (H, W) to `size` (height, width): the nearest pixel."
     return F.resize(label[None], list(size), interpolation=v2.InterpolationMode.NEAREST)[0]
 
-# %% ../nbs/03_transforms.ipynb #07462163
+# %% ../nbs/03_transforms.ipynb #80ed3ab9
 def _uniform(low, high): return torch.empty(()).uniform_(low, high).item()
 def _coin(p=.5): return torch.rand(()).item() < p
 def _randint(n): return int(torch.randint(n, ()))
@@ -74,7 +74,7 @@ def shift_hsv(image: torch.Tensor, saturation: float = 1., hue: float = 0.) -> t
 
 
 def photometric_distortion(image: torch.Tensor) -> torch.Tensor:
-    "Brightness +-32/255, contrast and saturation 0.5 to 1.5, hue +-18/180, each with p = 0.5 (METHOD Sec. 4): float (3, H, W) in [0, 1], and back."
+    "Brightness +-32/255, contrast and saturation 0.5 to 1.5, hue +-18/180, each with p = 0.5: float (3, H, W) in [0, 1], and back."
     def contrast(x): return (x * _uniform(.5, 1.5)).clamp(0, 1) if _coin() else x
     if _coin(): image = (image + _uniform(-32, 32) / 255).clamp(0, 1)
     contrast_first = _coin()
@@ -84,9 +84,9 @@ def photometric_distortion(image: torch.Tensor) -> torch.Tensor:
     if (saturation, hue) != (1., 0.): image = shift_hsv(image, saturation, hue)
     return image if contrast_first else contrast(image)
 
-# %% ../nbs/03_transforms.ipynb #bb924dbb
+# %% ../nbs/03_transforms.ipynb #1cefb994
 class TrainTransform:
-    """Augmentation for training (METHOD Sec. 4). All randomness is from torch's global generator.
+    """Augmentation for training, by the recipe of Rein (Sec. VI-A). All randomness is from torch's global generator.
 
     Call it with an image uint8 (3, H, W), a label (H, W) of trainIds or None, and the class that rare-class sampling wants or None. Returns the image float32 (3, crop, crop) in [0, 1],
     the label int64 (crop, crop) with 255 in the padding, and the `Geometry`. Without a label, the returned one is 0 inside the image and 255 in the padding."""
@@ -138,7 +138,7 @@ class TrainTransform:
         if label is None: label = torch.zeros((), dtype=torch.int64).expand(size)
         return out, geometry.cut(label, IGNORE).long(), geometry
 
-# %% ../nbs/03_transforms.ipynb #08119188
+# %% ../nbs/03_transforms.ipynb #24a40b31
 def class_mix(
     source_image: torch.Tensor,  # (3, H, W)
     source_label: torch.Tensor,  # (H, W) trainIds
@@ -146,7 +146,7 @@ def class_mix(
     target_label: torch.Tensor,  # (H, W) pseudo labels
     target_weight,  # number or (H, W): weight of the target's pixels
 ):
-    "Paste half of the source's classes (rounded up) onto the target: `(image, label, weight (H, W), pasted (H, W) bool)`. METHOD Sec. 5."
+    "Paste half of the source's classes (rounded up) onto the target: `(image, label, weight (H, W), pasted (H, W) bool)`. As in DACS (Tranheden et al., 2021)."
     present = torch.bincount(source_label.flatten(), minlength=IGNORE + 1)[:IGNORE].nonzero().flatten().cpu()
     paste = torch.zeros(IGNORE + 1, dtype=torch.bool)
     paste[present[torch.randperm(len(present))[:(len(present) + 1) // 2]]] = True
@@ -154,23 +154,23 @@ def class_mix(
     weight = torch.as_tensor(target_weight, dtype=torch.float32, device=pasted.device).masked_fill(pasted, 1.)
     return torch.where(pasted, source_image, target_image), torch.where(pasted, source_label, target_label), weight, pasted
 
-# %% ../nbs/03_transforms.ipynb #8aa88b55
+# %% ../nbs/03_transforms.ipynb #224f7578
 _jitter = v2.ColorJitter(.2, .2, .2, .2)
 
 
 def strong_augment(image: torch.Tensor) -> torch.Tensor:
-    "Colour jitter 0.2 (p = 0.8) and Gaussian blur, sigma 0.15 to 1.15 pixels (p = 0.5), on float (3, H, W) in [0, 1]. METHOD Sec. 5."
+    "Colour jitter 0.2 (p = 0.8) and Gaussian blur, sigma 0.15 to 1.15 pixels (p = 0.5), on float (3, H, W) in [0, 1]. As in DACS (Tranheden et al., 2021)."
     if _coin(.8): image = _jitter(image)
     if _coin(.5): image = F.gaussian_blur(image, [11, 11], [_uniform(.15, 1.15)])
     return image
 
-# %% ../nbs/03_transforms.ipynb #46e59c9d
+# %% ../nbs/03_transforms.ipynb #770eb321
 def random_block_mask(
     height: int,  # of the image, pixels
     width: int,  # of the image, pixels
     block: int = 32,  # side of a block: 32 for crops of 512, 64 for 1024
     ratio: float = .7,  # probability that a block is hidden
 ) -> torch.Tensor:
-    "Bool (height, width), True = hidden, constant on blocks. METHOD Sec. 5."
+    "Bool (height, width), True = hidden, constant on blocks. As in MIC (Hoyer et al., 2023)."
     hidden = torch.rand(-(-height // block), -(-width // block)) < ratio
     return hidden.repeat_interleave(block, 0).repeat_interleave(block, 1)[:height, :width]

@@ -302,3 +302,10 @@ def test_fold_is_stable_and_spread():
     assert len(values) == 9000 and 0 <= min(values) and max(values) < 2**63
     assert abs(np.mean(list(values)) / 2**63 - .5) < .02
     torch.manual_seed(fold(3, 4))
+
+
+def test_kept_images_are_the_same_and_not_shared(camvid):
+    kept, read = (open_dataset("camvid", "day_train", root=camvid, keep=keep) for keep in (True, False))
+    first = kept[1]
+    first[0].zero_(); first[1].zero_()
+    for a, b in zip(kept[1], read[1]): assert a == b if isinstance(a, str) else torch.equal(a, b)

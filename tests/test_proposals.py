@@ -1,0 +1,269 @@
+"""Proposals: the two engines, what is stored and what is refused, and that crops bend masks as they bend labels."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reinpp.datasets import open_dataset
+from reinpp.proposals import (ProposalStore, boxes_of, classical, compose, coverage, grid_size, instances, make_proposals, merge_tree, pack, pad,
+                              read_proposals, unpack, warp, write_proposals)
+from reinpp.transforms import Geometry, TrainTransform, resize_label
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return open_dataset("scenes", "night/train", count=3)
+
+
+def brute_force(ids, n, reduction):
+    h, w = grid_size(ids.shape, reduction)
+    out = np.zeros((n, h, w), bool)
+    for k in range(n):
+        for y in range(h):
+            for x in range(w):
+                cell = ids[y * reduction:(y + 1) * reduction, x * reduction:(x + 1) * reduction] == k
+                out[k, y, x] = 2 * cell.sum() >= cell.size
+    return out
+
+
+@pytest.mark.parametrize("size, reduction", [((12, 16), 4), ((13, 18), 4), ((9, 7), 2), ((5, 5), 1)])
+def test_coverage_and_boxes_equal_brute_force(size, reduction):
+    ids = np.random.default_rng(0).integers(0, 5, size)
+    ids[:6, :4] = 1
+    ids[-1, -5:] = range(5)    # every region occurs
+    counts, total = coverage(ids, 6, reduction)    # region 5 does not occur
+    assert ((counts * 2 >= total)[:5] == brute_force(ids, 5, reduction)).all() and not counts[5].any()
+    boxes = boxes_of(ids, 6)
+    for k in range(5):
+        y, x = np.nonzero(ids == k)
+        assert boxes[k].tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+    assert not boxes[5].any()
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 4, 6, 16), (0, 4, 9)])
+def test_bits_round_trip(shape):
+    masks = torch.rand(shape) > 0.5
+    assert torch.equal(unpack(pack(masks), shape[-1]), masks)
+    shift = torch.arange(7, -1, -1, dtype=torch.uint8)    # the form used on a GPU
+    assert torch.equal(((pack(masks)[..., None] >> shift) & 1).bool().flatten(-2)[..., :shape[-1]], masks)
+
+
+def test_merge_tree_joins_what_is_alike():
+    ids = np.repeat(np.arange(4)[None], 6, 0).repeat(6, 1)    # four stripes: dark, dark, bright, bright
+    colour = np.array([0.0, 1.0, 50.0, 51.0])[ids][..., None]
+    children, cost = merge_tree(ids, colour)
+    assert {tuple(sorted(c)) for c in children[:2].tolist()} == {(0, 1), (2, 3)} and sorted(children[2]) == [4, 5]
+    assert (np.diff(cost) >= 0).all()
+
+
+@pytest.mark.parametrize("engine", [instances, classical])
+def test_engines(engine, scenes):
+    found = engine(scenes, 1, 2)
+    assert found.masks.shape[1:] == (64, 128) and found.masks.dtype == torch.bool and found.image_size == (128, 256)
+    assert len(found.masks) == len(found.scores) == len(found.boxes) > 10
+    area = found.masks.flatten(1).sum(1)
+    assert (area > 0).all() and (area[:-1] >= area[1:]).all()
+    for mask, box in zip(found.masks, found.boxes):    # the box holds the mask
+        y, x = mask.nonzero().T
+        assert box[0] // 2 <= x.min() and x.max() < -(-box[2] // 2) and box[1] // 2 <= y.min() and y.max() < -(-box[3] // 2)
+    few = engine(scenes, 1, 2, limit=7)
+    assert len(few.masks) == 7
+
+
+def test_classical_needs_no_label_and_gives_the_same_twice(scenes):
+    unlabelled = open_dataset("scenes", "night/train", count=3, labels=False)
+    a, b = classical(scenes, 0), classical(unlabelled, 0)
+    assert torch.equal(a.bits, b.bits) and torch.equal(a.scores, b.scores)
+
+
+def test_instances_of_real_images_are_refused(tmp_path):
+    from PIL import Image
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "x" / "a.png")
+    data = open_dataset("folder", "x", root=tmp_path)
+    with pytest.raises(ValueError, match="instances"):
+        instances(data, 0)
+    assert len(classical(data, 0).masks) <= 1    # one colour: nothing stands out, and nothing breaks
+
+
+def test_store_resumes_and_repairs(scenes, tmp_path):
+    calls = []
+
+    def counting(dataset, index, reduction, limit):
+        calls.append(index)
+        return instances(dataset, index, reduction, limit)
+
+    make_proposals(scenes, counting, tmp_path, reduction=2, shard=(1, 3))
+    assert calls == [1] and not list(tmp_path.glob(".*"))    # only its share, no temporary file left
+    with pytest.raises(FileNotFoundError, match="000000"):
+        ProposalStore(tmp_path)[0]
+    store = make_proposals(scenes, counting, tmp_path, reduction=2)
+    assert calls == [1, 0, 2] and len(store) == 3 and store[2].name == scenes[2][2]
+    assert torch.equal(store[2].masks, instances(scenes, 2, 2).masks)
+
+    cut, foreign, swapped = (tmp_path / f"00000{i}.safetensors" for i in range(3))
+    cut.write_bytes(cut.read_bytes()[:200])
+    write_proposals(foreign, instances(scenes, 1, 2), "sam2")
+    write_proposals(swapped, store[2]._replace(name="another"), "counting")
+    with pytest.raises(ValueError, match="000000.*make_proposals again"):
+        store[0]
+    with pytest.warns(UserWarning) as said:
+        make_proposals(scenes, counting, tmp_path, reduction=2)
+    text = " ".join(str(w.message) for w in said)
+    assert calls[3:] == [0, 1, 2] and cut.name in text and foreign.name in text and "another" in text
+    assert all(torch.equal(store[i].masks, instances(scenes, i, 2).masks) for i in range(3))
+    with pytest.raises(IndexError, match="3 images"):
+        store[3]
+
+
+@pytest.mark.parametrize("changed", [dict(engine="classical"), dict(reduction=4), dict(limit=9)])
+def test_store_of_other_settings_is_refused(changed, scenes, tmp_path):
+    make_proposals(scenes, "instances", tmp_path, reduction=2)
+    before = sorted(p.read_bytes() for p in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="another folder"):
+        make_proposals(scenes, **dict(engine="instances", reduction=2) | changed, root=tmp_path)
+    assert sorted(p.read_bytes() for p in tmp_path.iterdir()) == before
+
+
+def test_unknown_engine_and_missing_folder(scenes, tmp_path):
+    with pytest.raises(ValueError, match="sam9.*instances, classical"):
+        make_proposals(scenes, "sam9")
+    with pytest.raises(FileNotFoundError, match="make_proposals"):
+        ProposalStore(tmp_path / "nothing")
+    (tmp_path / "x").write_bytes(b"not a safetensors file at all")
+    with pytest.raises(ValueError, match="x is not a readable"):
+        read_proposals(tmp_path / "x")
+
+
+def test_a_killed_write_leaves_nothing(scenes, tmp_path, monkeypatch):
+    import os
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_proposals(tmp_path / "a", instances(scenes, 0), "instances")
+    assert not list(tmp_path.iterdir())
+
+
+def test_manifest_names_engine_and_options(scenes, tmp_path):
+    make_proposals(scenes, "classical", tmp_path, scale=80.0, shard=(0, 3))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["engine"] == "classical" and manifest["options"] == {"scale": 80.0} and manifest["reduction"] == 4
+
+
+def test_memory_store_computes_once(scenes):
+    calls = []
+
+    def counting(dataset, index, reduction, limit=400):
+        calls.append(index)
+        return instances(dataset, index, reduction, limit)
+
+    store = make_proposals(scenes, counting, reduction=2)
+    a, b = store[1], store[1]
+    assert calls == [1] and a.name == scenes[1][2] and torch.equal(a.bits, b.bits)
+
+
+def reference(ids, k, geometry, stride=4):
+    "The label way: nearest resize of the full-resolution mask, crop, flip, pad; then which cells are covered by half."
+    mask = geometry.cut(resize_label(torch.from_numpy((ids == k).astype(np.uint8)), geometry.size))
+    return mask.bool(), F.avg_pool2d(mask[None].float(), stride)[0] >= 0.5
+
+
+GEOMETRIES = [
+    Geometry((512, 1024), 0, 256, (512, 512), False),
+    Geometry((768, 1536), 130, 401, (512, 512), True),
+    Geometry((1024, 2048), 377, 1033, (512, 512), True),
+    Geometry((410, 820), 0, 200, (512, 512), False),    # padding below
+    Geometry((256, 512), 0, 0, (512, 512), True),    # padding below
+    Geometry((300, 600), 0, 300, (512, 512), True),    # padding below and right, after a flip
+]
+
+
+@pytest.fixture(scope="module")
+def large():
+    "Instance map of a 2048 x 1024 scene, and its proposals one at a time, so that warping loses track of none."
+    scene = open_dataset("scenes", "train", count=1, size=(1024, 2048))
+    found = instances(scene, 0)
+    return scene.instances(0).numpy(), [found._replace(bits=bits[None], boxes=box[None]) for bits, box in zip(found.bits, found.boxes)]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_warp_equals_doing_it_at_full_resolution(geometry, large):
+    "Masks over 1,000 px in the crop. A pole a few pixels wide may lose or gain a column of cells, so the bound for a single mask holds for those that are not thin."
+    ids, single = large
+    warped = [w[0] for w in (warp(p, geometry) for p in single) if len(w)]
+    every, area = [], []
+    for value in np.unique(ids):
+        full, wanted = reference(ids, value, geometry)
+        if full.sum() <= 1000:
+            continue
+        best = max(((w & wanted).sum() / (w | wanted).sum()).item() for w in warped)
+        every.append(best)
+        area.append(full.sum().item())
+        edge = (full[1:] != full[:-1]).sum() + (full[:, 1:] != full[:, :-1]).sum()
+        if area[-1] > 12 * edge:    # pixels per pixel of outline
+            assert best >= 0.9, f"instance {value} of {area[-1]} px: IoU {best:.3f}"
+    assert len(every) >= 8 and np.mean(every) >= 0.9 and np.average(every, weights=area) >= 0.95, sorted(zip(every, area))
+
+
+def test_warp_follows_the_transform_it_is_given():
+    "Through TrainTransform itself: the proposals that come out agree with the label that comes out."
+    scene = open_dataset("scenes", "train", count=4, size=(256, 512))
+    transform = TrainTransform(crop=256, base=256, min_class_pixels=None)
+    store = ProposalStore(dataset=scene, engine="instances", reduction=2)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        image, label, _ = scene[seed % 4]
+        _, y, geometry = transform(image, label)
+        masks = warp(store[seed % 4], geometry)
+        h, w = geometry.inside
+        assert not masks[:, -(-h // 4):].any() and not masks[:, :, -(-w // 4):].any()    # padding belongs to no proposal
+        cells = y[2::4, 2::4]
+        good = total = 0
+        for mask in masks:    # every object has one class: the label under a mask is nearly constant
+            under = cells[mask]
+            if len(under) >= 20:
+                good, total = good + (under == under.mode().values).sum().item(), total + len(under)
+        assert good / total > 0.9
+
+
+def test_warp_off_the_grid_is_refused(scenes):
+    with pytest.raises(ValueError, match="multiple of 4"):
+        warp(instances(scenes, 0), Geometry((128, 256), 0, 0, (126, 126), False))
+
+
+def test_composed_proposals_take_no_cell_from_both():
+    torch.manual_seed(0)
+    source, target = torch.rand(2, 30, 16, 16) > 0.6, torch.rand(2, 20, 16, 16) > 0.6
+    pasted = (torch.rand(2, 8, 8) > 0.5).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    pasted[:, 10:13, 7:30] = True    # off the grid, too
+    mixed = compose(source, target, pasted)
+    region = F.avg_pool2d(pasted.float(), 4) >= 0.5
+    a, b = mixed[:, :30].any(1), mixed[:, 30:].any(1)
+    assert mixed.shape == (2, 50, 16, 16) and not (a & b).any()
+    assert not (a & ~region).any() and not (b & region).any() and a.any() and b.any()
+    assert torch.equal(compose(source[0], target[0], pasted[0]), mixed[0])    # batch or not
+
+
+def test_crumbs_are_dropped_but_small_wholes_stay():
+    source, target = torch.zeros(2, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
+    source[0, 1, 1:3] = True    # two cells, entirely pasted: a pole
+    source[1, 0:8, 3:8] = True    # cut down to two cells: a crumb
+    target[0] = True
+    pasted = torch.zeros(32, 32, dtype=torch.bool)
+    pasted[4:8, 4:12] = True
+    pasted[12:20, 12:16] = True
+    mixed = compose(source, target, pasted)
+    assert mixed[0].sum() == 2 and mixed[1].sum() == 0 and mixed[2].sum() == 64 - 4
+
+
+def test_pad_keeps_the_largest():
+    masks = torch.zeros(3, 6, 6, dtype=torch.bool)
+    masks[0, :1], masks[2, :3] = True, True    # areas 6, 0, 18
+    out, padding = pad(masks, 5)
+    assert out.flatten(1).sum(1).tolist() == [18, 6, 0, 0, 0] and padding.tolist() == [False, False, True, True, True]
+    out, padding = pad(masks[None].expand(2, -1, -1, -1), 1)
+    assert out.shape == (2, 1, 6, 6) and out.flatten(1).sum(1).tolist() == [18, 18] and not padding.any()
+    out, padding = pad(masks[:0], 2)
+    assert out.shape == (2, 6, 6) and padding.all()
