@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'METHOD_VERSION', 'PRESETS', 'PAPER_NEEDS', 'Experiment', 'open_domain', 'Preset', 'plan', 'Ledger',
            'find_adapter', 'build', 'objective_of', 'run', 'commit', 'versions', 'missing_for_paper', 'choose_preset',
-           'check_parameters', 'estimate']
+           'check_names', 'check_parameters', 'estimate']
 
 # %% ../nbs/15_experiments.ipynb #0b0a29d1
 import contextlib
@@ -31,7 +31,7 @@ from .stm import STM
 from .train import Generalize, fit
 from .transforms import TrainTransform
 
-# %% ../nbs/15_experiments.ipynb #035240b7
+# %% ../nbs/15_experiments.ipynb #0aa63b88
 METHODS = ("freeze", "full", "rein_g", "control", "rein_a")
 METHOD_VERSION = 1  # raise it when a change to the method makes old records wrong
 
@@ -75,13 +75,14 @@ def _hash(config: dict) -> str: return hashlib.sha256(json.dumps(config, sort_ke
 
 
 def open_domain(
-    domain: str,  # `dataset:split`
+    domain: str,  # `dataset:split`; of the embedded scenes also the first n only, `scenes:night/val[:40]`
     data_root: str | Path | None = None,  # folder that holds the datasets; None: `data/`
     labels: bool = True,
 ) -> Dataset:
     "A dataset from its domain name."
     name, _, split = domain.partition(":")
-    return open_dataset(name, split, root=data_root, labels=labels)
+    split, _, first = split.removesuffix("]").partition("[:")
+    return open_dataset(name, split, root=data_root, labels=labels, **(dict(count=int(first)) if first else {}))
 
 # %% ../nbs/15_experiments.ipynb #c8832cb7
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +340,17 @@ def choose_preset(
         return "tiny" if lacks else "paper"
     return preset
 
-# %% ../nbs/15_experiments.ipynb #5df66590
+# %% ../nbs/15_experiments.ipynb #4e34b53e
+def check_names(
+    namespace: dict,  # `globals()` of the notebook, before anything else is defined
+    known: str,  # names of its parameters, separated by blanks
+) -> None:
+    "Raise `ValueError` for a parameter that the notebook does not have (a misspelt `-p`)."
+    plain = (str, int, float, bool, list, dict, type(None))
+    unknown = [n for n, v in namespace.items() if isinstance(v, plain) and not n.startswith("_") and n not in ("In", "Out", *known.split())]
+    if unknown: raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook takes {', '.join(known.split())}")
+
+
 def check_parameters(preset: str = "auto", rows=(), targets=None, seeds=(), limit_iterations: int | None = None) -> None:
     "Raise `ValueError`, with what exists, for a wrong preset, method, target, seed or limit. Lists given on a command line must be lists: `-y 'seeds: [0, 1]'`."
     if preset not in ("auto", *PRESETS): raise ValueError(f"preset={preset!r} is unknown: use auto, {', '.join(PRESETS)}")

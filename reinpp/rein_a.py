@@ -117,7 +117,7 @@ def hide_blocks(
     hidden = torch.stack([random_block_mask(*images.shape[-2:], block, ratio) for _ in images]).to(images.device)
     return torch.where(hidden[:, None], mean.to(images.dtype), images)
 
-# %% ../nbs/12_rein_a.ipynb #4d557e0b
+# %% ../nbs/12_rein_a.ipynb #cfec942c
 def stm_label(
     output: HeadOutput,    # of the STM on the clean target
     inside: torch.Tensor,    # (B, H, W) bool: image, not padding
@@ -139,7 +139,7 @@ def stm_mask_loss(
     targets = targets_from_labels(label, num_classes)
     known = [i for i, t in enumerate(targets) if len(t.classes)]
     if not known:
-        return student.mask_logits[-1].sum() * 0
+        return student.mask_logits[-1].sum() * 0 + 0.0    # not -0
     if len(known) < len(targets):
         pick = torch.tensor(known, device=label.device)
         student = HeadOutput([c[pick] for c in student.class_logits], [m[pick] for m in student.mask_logits], None if student.padding is None else student.padding[pick])
@@ -413,7 +413,7 @@ def _scores(output):
     "Semantic scores of the last prediction."
     return semantic_scores(output.class_logits[-1], output.mask_logits[-1], output.padding)
 
-# %% ../nbs/12_rein_a.ipynb #1c900042
+# %% ../nbs/12_rein_a.ipynb #c0a67969
 def draw_views(
     views: dict,    # from `ReinA.views`
     rows: int = 2,    # images of the batch to show
@@ -427,11 +427,11 @@ def draw_views(
     for i, row in enumerate(axes):
         faint = 0.4 + 0.6 * views["sure"][i].numpy()[..., None]
         pictures = {
-            "target": views["target"][i].permute(1, 2, 0),
+            "target": views["target"][i].permute(1, 2, 0).numpy(),
             f"pseudo label, q {views['q'][i]:.2f}": (colorize(views["pseudo"][i].numpy()) * faint).astype("uint8"),
-            "mixed": views["mixed"][i].permute(1, 2, 0),
+            "mixed": views["mixed"][i].permute(1, 2, 0).numpy(),
             "its label": colorize(views["mixed_label"][i].numpy()),
-            "masked": views["masked"][i].permute(1, 2, 0),
+            "masked": views["masked"][i].permute(1, 2, 0).numpy(),
         }
         if "stm" in views:
             pictures["STM"] = colorize(views["stm"][i].numpy())

@@ -770,7 +770,7 @@ def _street(c, r):
     for z, _, draw, args in sorted(things, key=lambda t: (-t[0], t[1])):
         draw(c, r, *args)
 
-# %% ../nbs/01_scenes.ipynb #59b64330
+# %% ../nbs/01_scenes.ipynb #7cc62154
 _GROUND = np.isin(np.arange(256), [CLASSES.index(n) for n in ("road", "sidewalk", "terrain")])
 _ROAD, _SKY, _GREEN = (CLASSES.index(n) for n in ("road", "sky", "vegetation"))
 _CARRIES_SNOW = np.isin(np.arange(256), [CLASSES.index(n) for n in ("building", "wall", "fence", "vegetation", "car", "truck",
@@ -801,10 +801,10 @@ class _Look:
 
     def blend(self, share, colour):
         "Mix the picture with a colour or picture by a share (H, W) of 256."
-        share = self.cv2.merge((share.astype(np.uint16),) * 3)
-        if isinstance(colour, tuple):
-            colour = np.full_like(self.image, [int(v) for v in colour])
-        self.image = ((self.image * (256 - share) + colour * share) >> 8).astype(np.uint8)
+        share = share.astype(np.uint16)
+        shares = self.cv2.merge((share,) * 3)
+        light = self.cv2.merge([share * np.uint16(v) for v in colour]) if isinstance(colour, tuple) else colour * shares
+        self.image = ((self.image * (256 - shares) + light) >> 8).astype(np.uint8)
 
     def scale(self, factors):
         "Multiply by factors of 256, at most 2: a number, (H, W) or (H, W, 3)."

@@ -109,7 +109,8 @@ def test_every_parameter_learns(stm):
     masks, padding = pad(blobs(), 8)
     out = stm(features(), masks, padding)
     mask_classification_loss(out, targets_from_labels(torch.randint(0, 5, (2, 64, 64)), 5), num_points=256)["total"].backward()
-    dead = [name for name, p in stm.named_parameters() if p.grad is None or not p.grad.any()]
+    later = "pixel_decoder.level_embed"    # acts through sampling weights that start at 0
+    dead = [name for name, p in stm.named_parameters() if (p.grad is None or not p.grad.any()) and name != later]
     assert not dead, dead
 
 

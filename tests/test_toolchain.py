@@ -158,6 +158,13 @@ def test_saved_outputs_hold_no_error_and_no_path_of_a_machine(path):
 
 
 @by_name
+def test_shows_its_outputs(path):
+    """A lesson is read without running it, too."""
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert path.stem == "index" or any(cell.outputs for cell in code), f"{path.name} has no saved outputs: run it and save"
+
+
+@by_name
 def test_is_small(path):
     assert path.stat().st_size < 1_000_000, f"{path.name} has {path.stat().st_size:,} bytes: save smaller pictures"
 

@@ -1,0 +1,92 @@
+"Runs as values, the ledger, and what happens to wrong parameters."
+import dataclasses
+import json
+import multiprocessing
+
+import pytest
+
+from reinpp.experiments import METHODS, PRESETS, Ledger, check_parameters, choose_preset, estimate, find_adapter, missing_for_paper, plan, run
+
+
+def small(method, target=None, seed=0, iterations=2):
+    "A run of a few seconds: the tiny preset's, two iterations, four evaluation scenes."
+    cut = lambda e: dataclasses.replace(e, source="scenes:train[:8]", target=e.target and e.target + "[:8]", evaluate_on=tuple(d + "[:4]" for d in e.evaluate_on[-1:]),
+                                        data=e.data | dict(min_class_pixels=20), start=e.start and cut(e.start))
+    return cut(plan("tiny", method, seed, target, limit_iterations=iterations))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_record_once(method, tmp_path, capsys):
+    experiment, ledger = small(method, "night" if method == "rein_a" else None), Ledger(tmp_path / "results")
+    record = run(experiment, ledger, tmp_path / "runs", progress="none")
+    assert record["config"] == experiment.config() and record["key"] == experiment.key
+    (domain, metrics), = record["metrics"].items()
+    assert 0 <= metrics["miou"] <= 1 and metrics["images"] == 4 and len(metrics["iou"]) == 19
+    assert record["training"]["seconds"] > 0 and {"torch", "timm"} <= record["versions"].keys()
+    text = ledger.path(experiment).read_text()
+    assert "NaN" not in text and json.loads(text)["key"] == experiment.key
+    capsys.readouterr()
+    again = run(experiment, ledger, tmp_path / "runs", progress="none")
+    assert again == json.loads(text) and capsys.readouterr().out == "", "a run with a record is not repeated"
+    other = dataclasses.replace(experiment, window=64, stride=42)
+    run(other, ledger, tmp_path / "runs", progress="none")
+    said = capsys.readouterr().out
+    assert "evaluating" in said and "training" not in said, "evaluated otherwise, the adapter is used again"
+    assert len(ledger.all()) == (3 if experiment.start else 2), "the model that it starts from has a record too"
+
+
+def test_records_do_not_depend_on_what_ran_before(tmp_path):
+    a = run(small("rein_g"), Ledger(tmp_path / "a"), tmp_path / "runs_a", progress="none")
+    run(small("rein_g", seed=1), Ledger(tmp_path / "b"), tmp_path / "runs_b", progress="none")
+    b = run(small("rein_g"), Ledger(tmp_path / "b"), tmp_path / "runs_b", progress="none")
+    assert a["metrics"] == b["metrics"] and a["training"]["loss_last_1000"] == b["training"]["loss_last_1000"]
+
+
+def _run(folder): return run(small("freeze"), Ledger(folder / "results"), folder / "runs", progress="none")["date"], None
+
+
+def test_two_at_once_make_one_record(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool: pool.map(_run, [tmp_path, tmp_path])
+    assert len(Ledger(tmp_path / "results").all()) == 1
+    assert len((tmp_path / "runs" / small("freeze").training_key / "log.jsonl").read_text().splitlines()) == 1, "trained once"
+
+
+def test_keys():
+    e = plan("tiny", "rein_a", 0, "night")
+    assert e.key == plan("tiny", "rein_a", 0, "night").key
+    others = [plan("tiny", "rein_a", 1, "night"), plan("tiny", "rein_a", 0, "fog"), plan("tiny", "control", 0), plan("tiny", "rein_a", 0, "night", beta=0.1), plan("tiny", "rein_a", 0, "night", limit_iterations=5)]
+    assert len({x.key for x in [e, *others]}) == 6
+    assert plan("tiny", "control", 0).start.key == plan("tiny", "rein_g", 0).key
+    freeze = plan("tiny", "freeze", 0).model
+    assert "adapter_args" not in freeze and freeze["head_args"]["num_queries"] == PRESETS["tiny"].model["adapter_args"]["num_tokens"]
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    ledger, e = Ledger(tmp_path), plan("tiny", "freeze", 0)
+    ledger.path(e).write_text('{"key": ')
+    with pytest.raises(ValueError, match=f"{e.key}.json is damaged"): ledger.get(e)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(preset="huge"), "auto, tiny, camvid, paper"), (dict(rows=["lora"]), "freeze, full, rein_g"), (dict(rows="rein_g"), "not a list"), (dict(targets=["dawn"]), "night"),
+    (dict(seeds="[0, 1]"), "seeds: "), (dict(seeds=[-1]), "whole number"), (dict(seeds=[0.5]), "whole number"), (dict(limit_iterations=0), "limit_iterations"),
+    (dict(preset="camvid", targets=["night"]), "dusk")])
+def test_wrong_parameters_say_what_exists(wrong, says):
+    with pytest.raises(ValueError, match=says): check_parameters(**wrong)
+
+
+def test_the_paper_preset_lists_what_is_missing(tmp_path):
+    lacks = missing_for_paper(tmp_path)
+    assert any("gtav" in line and str(tmp_path / "gtav") in line and "http" in line for line in lacks)
+    with pytest.raises(FileNotFoundError, match="cityscapes"): choose_preset("paper", tmp_path)
+
+
+def test_auto_says_what_it_chose(tmp_path, capsys):
+    assert choose_preset("auto", tmp_path) == "tiny"
+    assert "cannot run here" in capsys.readouterr().out
+
+
+def test_estimate_counts_the_start(tmp_path):
+    said = estimate([small("control")], tmp_path / "runs", steps=1)
+    assert "rein_g" in said and "control" in said and "in total" in said
+    assert find_adapter(small("control"), tmp_path / "runs") is None, "an estimate leaves nothing behind"
