@@ -84,7 +84,7 @@ def open_domain(
     split, _, first = split.removesuffix("]").partition("[:")
     return open_dataset(name, split, root=data_root, labels=labels, **(dict(count=int(first)) if first else {}))
 
-# %% ../nbs/15_experiments.ipynb #c8832cb7
+# %% ../nbs/15_experiments.ipynb #f94995ae
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "Settings shared by all runs of one size."
@@ -100,14 +100,13 @@ class Preset:
     window: int
     stride: int
     size: tuple | None
-    weights: str | None = None  # source models in data/weights/<this>_<method>_seed<n>
     note: str = ""
 
 
 _TINY_MODEL = dict(backbone="tiny", num_classes=19, image_size=128, adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
                    head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128, decoder_ffn=256))
 _TINY_DATA = dict(crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True, num_points=768)
-_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5,
+_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100,
                         stm=dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, num_heads=4, encoder_ffn=128, decoder_ffn=128))
 _NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one and moves its EMA faster than the paper's form"
 
@@ -118,14 +117,14 @@ PRESETS = {
         model=_TINY_MODEL, data=_TINY_DATA,
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
         adapt_training=dict(iterations=300, batch_size=2, lr=3e-4, backbone_lr=3e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION, window=128, stride=85, size=None, weights="scenes", note=_NOTE),
+        adaptation=_TINY_ADAPTATION, window=128, stride=85, size=None, note=_NOTE),
     "camvid": Preset(
         "camvid", source="camvid:day_train", source_val="camvid:day_val",
         targets={"dusk": ("camvid:dusk_train", "camvid:dusk_train")},
         model=_TINY_MODEL, data=_TINY_DATA | dict(base=180, scales=tuple(range(7, 15))),
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
         adapt_training=dict(iterations=400, batch_size=2, lr=3e-4, backbone_lr=3e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION | dict(engine="classical"), window=128, stride=85, size=(180, 240), weights="camvid", note=_NOTE),
+        adaptation=_TINY_ADAPTATION | dict(engine="classical"), window=128, stride=85, size=(180, 240), note=_NOTE),
     "paper": Preset(
         "paper", source="gtav:train", source_val=None, targets={"citys": ("cityscapes:train", "cityscapes:val")},
         model=dict(backbone="dinov2_large", num_classes=19, image_size=512, normalization="imagenet"),
@@ -196,7 +195,7 @@ def _without_nan(value):
     if isinstance(value, (list, tuple)): return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
-# %% ../nbs/15_experiments.ipynb #12fcaf7d
+# %% ../nbs/15_experiments.ipynb #f5a04860
 def find_adapter(
     experiment: Experiment,
     runs: Path,  # folder of runs
@@ -256,13 +255,13 @@ def run(
     folder = runs / experiment.training_key
     with _locked(folder):
         if (record := ledger.get(experiment)) is not None: return record  # somebody else has just made it
-        began = time.time()
+        began, made_by = time.time(), commit()  # the commit that is running, whatever is committed meanwhile
         segmenter = build(experiment, runs)
         trained = find_adapter(experiment, runs)
         if trained is None:
             print(f"training {experiment}", flush=True)
             made = fit(objective_of(experiment, segmenter, data_root, runs), run_dir=folder, seed=experiment.seed, **experiment.training, **options)
-            training = {k: made[k] for k in ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory")} | dict(commit=commit())
+            training = {k: made[k] for k in ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory")} | dict(commit=made_by)
             segmenter.save_adapter(folder / "adapter", record=dict(key=experiment.training_key, run=str(experiment), training=training))
         else:
             training = read_adapter(trained)[0]["record"]["training"]
@@ -275,7 +274,7 @@ def run(
             result = evaluate(segmenter, open_domain(domain, data_root), window=experiment.window, stride=experiment.stride, size=experiment.size)
             metrics[domain] = {k: result[k] for k in ("miou", "pixel_accuracy", "iou", "images")}
         record = dict(key=experiment.key, config=experiment.config(), metrics=metrics, training=training, seconds=round(time.time() - began, 1),
-                      parameters=segmenter.trainable_parameters(), versions=versions(), commit=commit(), date=time.strftime("%Y-%m-%d"))
+                      parameters=segmenter.trainable_parameters(), versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
         ledger.put(experiment, record)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
     return record

@@ -770,7 +770,7 @@ def _street(c, r):
     for z, _, draw, args in sorted(things, key=lambda t: (-t[0], t[1])):
         draw(c, r, *args)
 
-# %% ../nbs/01_scenes.ipynb #7cc62154
+# %% ../nbs/01_scenes.ipynb #0413d2e3
 _GROUND = np.isin(np.arange(256), [CLASSES.index(n) for n in ("road", "sidewalk", "terrain")])
 _ROAD, _SKY, _GREEN = (CLASSES.index(n) for n in ("road", "sky", "vegetation"))
 _CARRIES_SNOW = np.isin(np.arange(256), [CLASSES.index(n) for n in ("building", "wall", "fence", "vegetation", "car", "truck",
@@ -846,7 +846,7 @@ def _night(look, strength):
     for thing, points, colour in c.lights:
         cv2.fillPoly(shine, [points], colour, shift=3)
         cv2.fillPoly(owner, [points], thing, shift=3)
-    shine[owner != c.ids] = 0
+    shine = cv2.copyTo(shine, (owner == c.ids).view(np.uint8))
     # pools of light around lamps, at a quarter of the size
     pool = np.zeros((h // 4, w // 4, 3), np.uint8)
     for u, v, radius, colour in c.lamps:
@@ -861,11 +861,12 @@ def _night(look, strength):
     beam = beam * np.rint(256 * np.clip(1.2 - across, 0.1, 1)[None] * down[:, None]).astype(np.uint32) >> 8
     dark = np.array([0.72, 0.86, 1.2]) * r(40, 68)
     ambient = np.rint(dark * strength + 256 * (1 - strength)).astype(np.uint32)
-    light = [beam * warm // 256 + int(a) for a, warm in zip(ambient, (256, 244, 220))]
+    beam = beam.astype(np.int32)
+    light = [(beam * warm >> 8) + int(a) for a, warm in zip(ambient, (256, 244, 220))]
     sky, dim = look.label == _SKY, r(0.35, 0.75)
     for channel, a in zip(light, ambient):
         channel[sky] = int(a * dim)
-    look.scale(cv2.merge([channel.astype(np.int32) for channel in light]) + (pool * 3 >> 1))
+    look.scale(cv2.merge(light) + (pool * 3 >> 1))
     look.add((shine + (pool >> 2)).astype(np.int16))
     noise = np.frombuffer(r.rng.bytes(h * w * 3), np.uint8).reshape(h, w, 3).astype(np.int16) - 128
     look.add(noise * int(10 * strength) >> 7)
@@ -906,16 +907,13 @@ def _snow(look, strength):
     look.blend((look.label == _SKY) * np.uint16(230 * strength), (tone, tone + 2, tone + 5))
     look.saturate(int(256 - 70 * strength))
     blots = look.clouds(14).astype(np.int16) + (look.grain >> 2)
-    cover = np.zeros((h, w), np.int16)
-    ground = _GROUND[look.label]
-    on_road = look.label == _ROAD
-    cover[ground] = np.clip(blots[ground] + int(r(90, 150)), 120, 250)
-    cover[on_road] = np.clip(blots[on_road] - int(r(-20, 60)), 30, 220)
-    green = look.label == _GREEN
-    cover[green] = np.clip((blots[green] - 120) * 2, 0, 190)
-    carries = _CARRIES_SNOW[look.label]
+    cover = np.where(np.take(_GROUND, look.label), np.minimum(np.maximum(blots + int(r(90, 150)), 120), 250), np.int16(0))
+    cover = np.where(look.label == _ROAD, np.minimum(np.maximum(blots - int(r(-20, 60)), 30), 220), cover)
+    cover = np.where(look.label == _GREEN, np.minimum(np.maximum((blots - 120) * 2, 0), 190), cover)
+    carries = np.take(_CARRIES_SNOW, look.label)
     for k in range(1, max(2, h // 32)):  # whatever has something farther right above it carries snow
-        cover[k:][carries[k:] & (ids[k:] != ids[:-k]) & (depth[k:] < depth[:-k])] = 240
+        top = carries[k:] & (ids[k:] != ids[:-k]) & (depth[k:] < depth[:-k])
+        np.putmask(cover[k:], top, 240)
     look.blend(cover.astype(np.int32) * int(256 * min(strength, 1)) >> 8, white)
     look.haze(0.016 * strength, (tone, tone + 2, tone + 5))
     flakes = np.zeros((h, w), np.uint8)
