@@ -413,7 +413,7 @@ def _scores(output):
     "Semantic scores of the last prediction."
     return semantic_scores(output.class_logits[-1], output.mask_logits[-1], output.padding)
 
-# %% ../nbs/12_rein_a.ipynb #c0a67969
+# %% ../nbs/12_rein_a.ipynb #9e99807c
 def draw_views(
     views: dict,    # from `ReinA.views`
     rows: int = 2,    # images of the batch to show
@@ -423,7 +423,7 @@ def draw_views(
     from reinpp.labels import colorize
     rows = min(rows, len(views["target"]))
     columns = 5 + ("stm" in views)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.55 * columns, 1.7 * rows), squeeze=False, layout="constrained", dpi=75)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.2 * columns, 1.36 * rows), squeeze=False, layout="constrained", dpi=75)
     for i, row in enumerate(axes):
         faint = 0.4 + 0.6 * views["sure"][i].numpy()[..., None]
         pictures = {

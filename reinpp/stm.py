@@ -36,7 +36,7 @@ def pool_under(
     flat = masks.flatten(2).to(maps.dtype)
     return flat @ maps.flatten(2).transpose(1, 2) / flat.sum(-1, keepdim=True).clamp(min=1)
 
-# %% ../nbs/11_stm.ipynb #26635e49
+# %% ../nbs/11_stm.ipynb #119aa8a7
 class STM(nn.Module):
     "Semantic Transfer Module (Sec. V-C): a mask-classification head whose queries are proposals. Its input is the teacher's features, without gradient."
 
@@ -81,9 +81,14 @@ class STM(nn.Module):
     def like(
         cls,
         segmenter,    # a `Segmenter` with a Mask2Former head
+        from_head: bool = False,    # start from a copy of the head's weights where names and sizes agree; beyond the paper, for short schedules
         **changes,    # what is to differ, e.g. decoder_layers
     ) -> "STM":
         "An STM that fits a segmenter: the same features, classes and widths as its head, 3 decoder layers."
         head, own = segmenter.head, ("decoder_layers", "num_queries", "linked")
         widths = {key: value for key, value in segmenter.config["head_args"].items() if key not in own}
-        return cls(head.pixel_decoder.in_channels, head.num_classes, scales=head.pixel_decoder.scales, **widths | changes)
+        stm = cls(head.pixel_decoder.in_channels, head.num_classes, scales=head.pixel_decoder.scales, **widths | changes)
+        if from_head:
+            own = stm.state_dict()
+            stm.load_state_dict({n: v for n, v in head.state_dict().items() if n in own and own[n].shape == v.shape}, strict=False)
+        return stm
