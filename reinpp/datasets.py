@@ -61,7 +61,7 @@ class Dataset(torch.utils.data.Dataset):
             raise ValueError(f"{self.name}/{self.split} {name}: the label is {label.shape[-1]}x{label.shape[-2]} and the image {image.shape[-1]}x{image.shape[-2]} pixels; they must agree")
         return image, label, name
 
-# %% ../nbs/02_datasets.ipynb #660bc21d
+# %% ../nbs/02_datasets.ipynb #39f24140
 class Scenes:
     "Reader of generated scenes, drawn when first asked for and kept in memory as uint8."
     def __init__(self,
@@ -100,7 +100,13 @@ def open_scenes(split, root=None, labels=True, style="camera", count=None, size=
     count = {"train": 800, "val": 100}[part] if count is None else count
     if not 0 < count <= 50_000: raise ValueError(f"scenes: count must be 1 to 50,000, got {count}")
     first = WEATHERS.index(weather) * 100_000 + (50_000 if part == "val" else 0) + (1_000_000 if style == "game" else 0)
-    return Dataset("scenes", split, Scenes(range(first, first + count), weather, style, size, labels), labels=labels)
+    return Dataset("scenes", split, _drawn(first, count, weather, style, tuple(size), labels), labels=labels)
+
+
+@lru_cache(maxsize=8)
+def _drawn(first, count, weather, style, size, labels):
+    "The same scenes, opened twice, are drawn once."
+    return Scenes(range(first, first + count), weather, style, size, labels)
 
 # %% ../nbs/02_datasets.ipynb #41e2fbdd
 def _decode(path, modes, kind):

@@ -103,7 +103,7 @@ def learning_rate(iteration: int, iterations: int, power: float = 0.9, warmup: i
     ramp = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
     return ramp * (1 - iteration / iterations) ** power
 
-# %% ../nbs/13_train.ipynb #ae3f9087
+# %% ../nbs/13_train.ipynb #ab4dabf2
 class TrainingError(RuntimeError):
     "Training went wrong in a way that more iterations will not mend."
 
@@ -169,7 +169,7 @@ def fit(
         last = iteration + 1 == end
         if (iteration + 1) % log_every == 0 or last:
             run.log(dict(iteration=iteration + 1, seconds=round(seconds + time.perf_counter() - start, 2), lr=lr * factor,
-                         **{k: sum(t[k] for t in since) / len(since) for k in terms}))
+                         **{k: sum(v) / len(v) for k in terms if (v := [t[k] for t in since if k in t])}))  # a term may begin later
             since = []
         if (iteration + 1) % checkpoint_every == 0 or last:
             run.save(objective, optimizer, settings, iteration + 1, seconds + time.perf_counter() - start, recent)
