@@ -84,7 +84,7 @@ def open_domain(
     split, _, first = split.removesuffix("]").partition("[:")
     return open_dataset(name, split, root=data_root, labels=labels, **(dict(count=int(first)) if first else {}))
 
-# %% ../nbs/15_experiments.ipynb #4569ae76
+# %% ../nbs/15_experiments.ipynb #6ca2b1b7
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "Settings shared by all runs of one size."
@@ -106,9 +106,9 @@ class Preset:
 _TINY_MODEL = dict(backbone="tiny", num_classes=19, image_size=128, adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
                    head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128, decoder_ffn=256))
 _TINY_DATA = dict(crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True, num_points=768)
-_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=200,
+_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100, alpha=3.0, beta=0.1,
                         stm=dict(from_head=True, decoder_layers=2))
-_NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one and moves its EMA faster than the paper's form"
+_NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head"
 
 PRESETS = {
     "tiny": Preset(
