@@ -12,8 +12,6 @@ INSTALLED := .venv/.installed
 RUNS      := data/runs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
-# threads that wait must not spin: on a busy machine they would take the cores from those that work
-export OMP_WAIT_POLICY := passive
 ACTIVE    := PATH="$(BIN):$$PATH"
 
 # Python 3.11 to 3.13 that can make a virtual environment

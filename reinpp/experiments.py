@@ -309,7 +309,7 @@ def _locked(folder: Path):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/15_experiments.ipynb #fb139c95
+# %% ../nbs/15_experiments.ipynb #03ed0aba
 PAPER_NEEDS = {  # what Table IX's first setting takes: folder -> where to get it
     "gtav": "https://download.visinf.tu-darmstadt.de/data/from_games/ (images/ and labels/)",
     "cityscapes": "https://www.cityscapes-dataset.com (leftImg8bit/ and gtFine/)",
@@ -320,7 +320,8 @@ def missing_for_paper(data_root: str | Path | None = None) -> list[str]:
     "One line for each thing that the paper preset lacks here: a GPU, a dataset folder (and where to get it and to put it), or a part of this version."
     root = Path(data_root) if data_root else data_folder()
     lacks = [] if torch.cuda.is_available() else ["no NVIDIA GPU is visible to torch: DINOv2-L at batch 4 wants one with 16 GB or more"]
-    lacks += [f"no dataset {name} in {root / name}: get it from {where} and unpack it there, or name the folder that holds it with -p data_root" for name, where in PAPER_NEEDS.items() if not (root / name).is_dir()]
+    shown = lambda path: path.relative_to(data_folder().parent) if path.is_relative_to(data_folder().parent) else path
+    lacks += [f"no dataset {name} in {shown(root / name)}: get it from {where} and unpack it there, or name the folder that holds it with -p data_root" for name, where in PAPER_NEEDS.items() if not (root / name).is_dir()]
     lacks += [f"this version has no reader for {name} yet" for name in PAPER_NEEDS if name not in DATASETS]
     if "sam2" not in ENGINES: lacks.append("this version has no SAM 2 proposal engine yet")
     return lacks

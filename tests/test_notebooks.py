@@ -47,3 +47,12 @@ def test_table9_refuses(wrong, says, tmp_path):
     done = papermill("table9", tmp_path / "out.ipynb", "-p", "results", str(tmp_path / "empty"), *wrong)
     assert done.returncode != 0
     assert re.search(says, done.stderr), done.stderr[-1500:]
+
+
+def test_pretrain_tiny_in_small(tmp_path):
+    done = papermill("pretrain_tiny", tmp_path / "out.ipynb", "-p", "iterations", "4", "-p", "save_to", str(tmp_path / "tiny.safetensors"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    from safetensors.torch import load_file
+
+    from reinpp.backbones import create_backbone
+    assert load_file(tmp_path / "tiny.safetensors").keys() == create_backbone("tiny").state_dict().keys()
