@@ -54,7 +54,7 @@ def test_two_at_once_make_one_record(tmp_path):
 def test_keys():
     e = plan("tiny", "rein_a", 0, "night")
     assert e.key == plan("tiny", "rein_a", 0, "night").key
-    others = [plan("tiny", "rein_a", 1, "night"), plan("tiny", "rein_a", 0, "fog"), plan("tiny", "control", 0), plan("tiny", "rein_a", 0, "night", beta=0.1), plan("tiny", "rein_a", 0, "night", limit_iterations=5)]
+    others = [plan("tiny", "rein_a", 1, "night"), plan("tiny", "rein_a", 0, "fog"), plan("tiny", "control", 0), plan("tiny", "rein_a", 0, "night", beta=0.7), plan("tiny", "rein_a", 0, "night", limit_iterations=5)]
     assert len({x.key for x in [e, *others]}) == 6
     assert plan("tiny", "control", 0).start.key == plan("tiny", "rein_g", 0).key
     freeze = plan("tiny", "freeze", 0).model
