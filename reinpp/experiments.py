@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 import time
@@ -23,7 +22,6 @@ import torch
 
 from .datasets import DATASETS, Dataset, Sampler, data_folder, open_dataset
 from .evaluate import evaluate
-from .labels import CLASSES
 from .proposals import ENGINES, make_proposals
 from .rein_a import ReinA
 from .segmenter import Segmenter, create_segmenter, read_adapter, write_atomically

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .datasets import data_folder
 from .experiments import PRESETS, Ledger, plan
-from .labels import CLASSES, colorize, legend
+from .labels import CLASSES, colorize
 
 # %% ../nbs/16_report.ipynb #c013fb90
 SHORT = dict(zip(CLASSES, ("Road", "S.walk", "Build.", "Wall", "Fence", "Pole", "Tr.Light", "Sign", "Vege.", "Terrain", "Sky", "Person", "Rider", "Car", "Truck", "Bus", "Train", "M.bike", "Bike")))
