@@ -35,7 +35,7 @@ demo: $(INSTALLED)
 # papermill would be needed to choose their small preset, so pytest runs them, through papermill.
 test: $(INSTALLED)
 	@$(ACTIVE) python .ci/unchanged.py
-	@$(ACTIVE) OMP_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --n_workers 2 --timing --file_re '^([0-9][0-9]_|index[.])'
+	@$(ACTIVE) OMP_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --n_workers 2 --timing --file_re '^([0-9][0-9][a-z]?_|index[.])'
 	@$(ACTIVE) python -m pytest
 
 lab: $(INSTALLED)
@@ -48,7 +48,7 @@ clean:
 	rm -rf build dist _proc _docs reinpp.egg-info .pytest_cache
 	find nbs reinpp tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt extras.txt
 	@if ! .venv/bin/python -c 'import pip; $(SUITABLE)' >/dev/null 2>&1; then \
 	  found=; \
 	  for python in $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3 python); do \
@@ -63,4 +63,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	fi
 	@echo "Installing the pinned packages into .venv (about 6 GB, most of it torch; several minutes the first time)"
 	@.venv/bin/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@SAM2_BUILD_CUDA=0 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --requirement extras.txt
 	@touch $@

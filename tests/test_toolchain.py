@@ -18,11 +18,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # Notebooks that nbdev_test runs (see the Makefile); all others take papermill parameters.
-NUMBERED = re.compile(r"^([0-9][0-9]_|index[.])")
+NUMBERED = re.compile(r"^([0-9][0-9][a-z]?_|index[.])")
 WITH_PARAMETERS = [path for path in NOTEBOOKS if not NUMBERED.match(path.name)]
 # Imports only ever point up this list.
-ROOMS = """labels scenes datasets transforms backbones rein_g baselines mask2former losses segmenter proposals stm rein_a
-           train evaluate experiments report explore""".split()
+ROOMS = """labels scenes datasets check transforms backbones rein_g baselines mask2former semantic_fpn losses segmenter official
+           proposals engines stm rein_a train evaluate submissions cityscapes_c experiments report bench explore""".split()
 QUARTET = "nbdev", "fastcore", "execnb", "ghapi"
 
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -74,6 +74,11 @@ def test_constraints_pin_every_requirement(constraints, requirements):
     for name, requirement in requirements.items():
         assert name in constraints, f"constraints.txt lacks {name}"
         assert requirement.specifier.contains(constraints[name]), f"constraints.txt has {name} {constraints[name]}, not {requirement}"
+
+
+def test_extras_have_the_same_pins(constraints):
+    extras = pins((ROOT / "extras.txt").read_text().splitlines())
+    assert extras and extras == {name: constraints[name] for name in extras}
 
 
 def test_environment_has_the_same_pins(constraints, requirements):
