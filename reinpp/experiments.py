@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'METHOD_VERSION', 'PRESETS', 'PAPER_NEEDS', 'Experiment', 
            'find_adapter', 'build', 'objective_of', 'run', 'commit', 'versions', 'missing_for_paper', 'choose_preset',
            'check_names', 'check_parameters', 'estimate']
 
-# %% ../nbs/15_experiments.ipynb #0b0a29d1
+# %% ../nbs/15_experiments.ipynb #7342c771
 import contextlib
 import dataclasses
 import hashlib
@@ -29,8 +29,8 @@ from .stm import STM
 from .train import Generalize, fit
 from .transforms import TrainTransform
 
-# %% ../nbs/15_experiments.ipynb #be18515a
-METHODS = ("freeze", "full", "rein_g", "control", "rein_a")
+# %% ../nbs/15_experiments.ipynb #9a62fcb2
+METHODS = ("freeze", "full", "bitfit", "lora", "adaptformer", "vpt", "rein_g", "control", "rein_a")
 METHOD_VERSION = 1  # raise it when a change to the method, or to the tiny backbone, makes old records wrong
 
 
@@ -82,7 +82,7 @@ def open_domain(
     split, _, first = split.removesuffix("]").partition("[:")
     return open_dataset(name, split, root=data_root, labels=labels, **(dict(count=int(first)) if first else {}))
 
-# %% ../nbs/15_experiments.ipynb #6ca2b1b7
+# %% ../nbs/15_experiments.ipynb #e3e1a579
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "Settings shared by all runs of one size."
@@ -104,7 +104,7 @@ class Preset:
 _TINY_MODEL = dict(backbone="tiny", num_classes=19, image_size=128, adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
                    head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128, decoder_ffn=256))
 _TINY_DATA = dict(crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True, num_points=768)
-_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100, alpha=3.0, beta=0.1,
+_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100, alpha=5.0, beta=0.1,
                         stm=dict(from_head=True, decoder_layers=2))
 _NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head"
 
@@ -114,15 +114,15 @@ PRESETS = {
         targets={w: (f"scenes:{w}/train", f"scenes:{w}/val") for w in ("night", "fog", "rain", "snow")},
         model=_TINY_MODEL, data=_TINY_DATA,
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
-        adapt_training=dict(iterations=300, batch_size=2, lr=3e-4, backbone_lr=3e-5, warmup=20, clip=1.0),
+        adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
         adaptation=_TINY_ADAPTATION, window=128, stride=85, size=None, note=_NOTE),
     "camvid": Preset(
         "camvid", source="camvid:day_train", source_val="camvid:day_val",
         targets={"dusk": ("camvid:dusk_train", "camvid:dusk_train")},
-        model=_TINY_MODEL, data=_TINY_DATA | dict(base=180, scales=tuple(range(7, 15))),
+        model=_TINY_MODEL, data=_TINY_DATA | dict(base=270, scales=tuple(range(7, 15))),
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
-        adapt_training=dict(iterations=400, batch_size=2, lr=3e-4, backbone_lr=3e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION | dict(engine="classical"), window=128, stride=85, size=(180, 240), note=_NOTE),
+        adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
+        adaptation=_TINY_ADAPTATION | dict(engine="classical"), window=128, stride=85, size=(270, 360), note=_NOTE),
     "paper": Preset(
         "paper", source="gtav:train", source_val=None, targets={"citys": ("cityscapes:train", "cityscapes:val")},
         model=dict(backbone="dinov2_large", num_classes=19, image_size=512, normalization="imagenet"),
@@ -133,13 +133,15 @@ PRESETS = {
         window=512, stride=341, size=None),
 }
 
-# %% ../nbs/15_experiments.ipynb #d4076c6e
+# %% ../nbs/15_experiments.ipynb #ab0dfa8a
 def plan(
     preset: str,  # a key of `PRESETS`
     method: str,  # one of `METHODS`
     seed: int = 0,
     target: str | None = None,  # short name of a target (rein_a)
     limit_iterations: int | None = None,  # cut every training to so many iterations: other runs, other records
+    adapt_iterations: int | None = None,  # cut the adaptation (and its control) only; the source model is trained in full
+    model: dict = {},  # changes to the preset's arguments of `create_segmenter`, e.g. dict(adapter_args=dict(rank=4)); for the source model too
     **adaptation,  # changes to the preset's adaptation settings
 ) -> Experiment:
     "The run that a cell of a table needs. Raises `ValueError` with what exists for an unknown preset, method or target."
@@ -147,20 +149,28 @@ def plan(
     if method not in METHODS: raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
     p = PRESETS[preset]
     if method == "rein_a" and target not in p.targets: raise ValueError(f"target={target!r} is unknown in preset {preset!r}: use one of {', '.join(p.targets)}")
-    cut = lambda t: t | (dict(iterations=min(limit_iterations, t["iterations"]), warmup=min(t.get("warmup", 0), limit_iterations // 10)) if limit_iterations else {})
     adapts = method in ("rein_a", "control")
+    limit = min((n for n in (limit_iterations, adapt_iterations if adapts else None) if n), default=None)
+    cut = lambda t: t | (dict(iterations=min(limit, t["iterations"]), warmup=min(t.get("warmup", 0), limit // 10)) if limit else {})
     everywhere = tuple(([p.source_val] if p.source_val else []) + [e for _, e in p.targets.values()])
     domains = everywhere if method != "rein_a" else tuple(([p.source_val] if p.source_val else []) + [p.targets[target][1]])
-    data = p.data if adapts else p.data | dict(rcs=False)
-    model = dict(p.model, adapter="rein_g")
-    if method in ("freeze", "full"):  # no tokens: the head has as many queries of its own
-        tokens = model.pop("adapter_args", {}).get("num_tokens", 100)
-        model |= dict(adapter=method, head_args=dict(p.model.get("head_args", {}), num_queries=tokens))
+    trained = model.get("adapter", "rein_g" if adapts else method)
     return Experiment(
         method, p.source, p.targets[target][0] if method == "rein_a" else None, domains, seed,
-        model, data, cut(p.adapt_training if adapts else p.training),
+        _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False), cut(p.adapt_training if adapts else p.training),
         p.adaptation | adaptation if method == "rein_a" else None, p.window, p.stride, p.size,
-        start=plan(preset, "rein_g", seed, limit_iterations=limit_iterations) if adapts else None)
+        start=plan(preset, trained, seed, limit_iterations=limit_iterations, model=model) if adapts else None)
+
+
+def _model_of(p: Preset, adapter: str, changes: dict) -> dict:
+    "Arguments of `create_segmenter`: the preset's, with changes. Without linked tokens the head has as many queries of its own."
+    model = {k: v for k, v in (p.model | changes).items() if k not in ("adapter_args", "head_args")} | dict(adapter=adapter)
+    settings = dict(p.model.get("adapter_args", {}))
+    args = (settings if adapter == "rein_g" else {}) | changes.get("adapter_args", {})
+    own_head = model.get("head", "mask2former") == p.model.get("head", "mask2former")
+    head = (p.model.get("head_args", {}) if own_head else {}) | changes.get("head_args", {})
+    if own_head and (adapter != "rein_g" or not args.get("link_queries", True)): head = head | dict(num_queries=args.get("num_tokens", settings.get("num_tokens", 100)) if adapter == "rein_g" else settings.get("num_tokens", 100))
+    return model | (dict(adapter_args=args) if args else {}) | (dict(head_args=head) if head else {})
 
 # %% ../nbs/15_experiments.ipynb #41168c82
 class Ledger:
