@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from reinpp.losses import (Target, average_count, confidence, mask_classification_loss, match, normalize_scores, normalized_score_loss, paired_loss,
-                           point_sample, targets_from_labels, uncertain_points)
+                           point_sample, segmentation_loss, targets_from_labels, uncertain_points)
 from reinpp.mask2former import HeadOutput
 
 
@@ -250,6 +250,49 @@ def test_paired_loss_without_real_queries_and_without_padding_pixels():
     assert torch.equal(paired_loss(output, something, a, valid)["total"], paired_loss(output, something, b, valid)["total"])
     left = HeadOutput(output.class_logits, [m[..., :8] for m in output.mask_logits])
     assert torch.allclose(paired_loss(output, something, a, valid)["total"], paired_loss(left, something, a[..., :8])["total"], rtol=1e-5)
+
+
+# any head -------------------------------------------------------------------------------------------------------------------------
+
+def test_segmentation_loss_of_masks_is_eq_14():
+    output, labels = predictions(), blocks()
+    torch.manual_seed(1); one = segmentation_loss(output, labels, 19, num_points=256)
+    torch.manual_seed(1); two = mask_classification_loss(output, targets_from_labels(labels, 19), num_points=256)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_segmentation_loss_of_pixels():
+    labels, logits = blocks().to(torch.uint8), torch.randn(2, 19, 16, 16, requires_grad=True)
+    loss = segmentation_loss(logits, labels, 19)["total"]
+    big = F.interpolate(logits.detach(), (64, 64), mode="bilinear")
+    assert torch.allclose(loss, F.cross_entropy(big, labels.long(), ignore_index=255), rtol=1e-5)  # a mean over the labelled pixels of the whole batch
+    loss.backward()
+    assert logits.grad.abs().sum() > 0
+    logits.grad = None
+    segmentation_loss(logits, torch.where(torch.arange(64) < 32, labels, 255), 19)["total"].backward()
+    assert logits.grad[..., 9:].abs().sum() == 0 < logits.grad[..., :8].abs().sum()  # pixels of 255 teach nothing
+
+
+def test_segmentation_loss_without_labels_and_with_strange_ones():
+    logits = torch.randn(2, 19, 4, 4, requires_grad=True)
+    for size in (8, 4):
+        loss = segmentation_loss(logits, torch.full((2, size, size), 255), 19)["total"]
+        loss.backward()
+        assert loss == 0 and loss.requires_grad and logits.grad.abs().sum() == 0
+    for value in (19, 33, 254, -1, 300):
+        labels = torch.zeros(2, 8, 8, dtype=torch.int64); labels[1, 3, 3] = value
+        with pytest.raises(ValueError, match=rf"contain \[{value}\], but the head has 19 classes \(0\.\.18\) and 255"): segmentation_loss(logits, labels, 19)
+    with pytest.raises(ValueError, match="19 classes"): segmentation_loss(predictions(), torch.full((2, 64, 64), 33), 19)
+    for wrong in (torch.zeros(2, 11, 4, 4), torch.zeros(1, 19, 4, 4)):
+        with pytest.raises(ValueError, match=r"expected \(B, K, h, w\)"): segmentation_loss(wrong, torch.zeros(2, 8, 8), 19)
+
+
+def test_segmentation_loss_is_float32_under_autocast():
+    logits, labels = (torch.randn(2, 19, 16, 16) * 50).bfloat16().requires_grad_(), blocks()
+    with torch.autocast("cpu", torch.bfloat16): loss = segmentation_loss(logits, labels, 19)["total"]
+    assert loss.dtype == torch.float32 and torch.equal(loss, segmentation_loss(logits.float(), labels, 19)["total"])
+    loss.backward()
+    assert logits.grad.isfinite().all()
 
 
 # precision, processes, devices --------------------------------------------------------------------------------------------------

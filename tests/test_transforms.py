@@ -9,9 +9,12 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from reinpp import transforms
-from reinpp.transforms import (Geometry, TrainTransform, class_mix, photometric_distortion, random_block_mask, resize_image, resize_label, shift_hsv, short_edge_size, strong_augment)
+from reinpp.transforms import (Geometry, TrainTransform, adv_style, class_mix, loading_speed, pasta, photometric_distortion, random_block_mask, resize_image, resize_label, shift_hsv,
+                                short_edge_size, strong_augment, workers_needed)
 
 MEAN = torch.tensor([.485, .456, .406]).view(3, 1, 1)
+GOLDEN = [(108, 25, 1, True, 0.022326), (64, 2, 1, True, 0.011225), (83, 15, 74, True, 0.533229), (96, 26, 0, True, 0.26088),
+          (96, 20, 46, True, 0.318912), (51, 0, 3, True, 0.166135), (96, 7, 128, False, 0.464752), (128, 28, 5, True, 0.628589)]  # of seeds 0 to 7: height after resizing, top, left, flip, and the number that the generator would give next
 
 
 def pair(h=64, w=128, seed=0):
@@ -105,6 +108,88 @@ class Seeded(torch.utils.data.Dataset):
 
 def test_workers_do_not_change_samples():
     for a, b in zip(DataLoader(Seeded()), DataLoader(Seeded(), num_workers=2)): assert all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+# ---------------------------------------------------------------- the recipe: order, ranges, seeds
+
+def test_recipe_is_the_default():
+    t = TrainTransform()
+    assert (t.crop, t.base, t.scales, t.max_long, t.flip, t.photometric, t.max_class_share, t.tries) == (512, 512, tuple(range(5, 21)), 2048, .5, True, .75, 10)
+    assert [int(512 * k / 10) for k in t.scales] == [256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024]
+    assert t.fill.flatten().tolist() == pytest.approx([.485, .456, .406])
+
+
+def test_recipe_at_1024():
+    t = TrainTransform(crop=1024, base=1024, max_long=4096, photometric=False)
+    image, label = pair(256, 512)
+    torch.manual_seed(0)
+    for _ in range(4):
+        x, y, g = t(image, label)
+        assert x.shape == (3, 1024, 1024) and y.shape == (1024, 1024) and 512 <= g.size[0] <= 2048 and g.size[1] == 2 * g.size[0]
+    assert short_edge_size(1024, 2048, int(1024 * 20 / 10), 4096) == (2048, 4096) and short_edge_size(720, 1280, 2048, 4096) == (2048, 3641)
+    assert short_edge_size(500, 2000, 2048, 4096) == (1024, 4096)
+
+
+def test_steps_come_in_the_order_of_the_recipe(monkeypatch):
+    "Scale, crop (and what it asks of the label), flip, colours on the crop alone, padding last and never coloured."
+    steps = []
+    def record(name, detail=lambda *a: None):
+        inner = getattr(transforms, name)
+        monkeypatch.setattr(transforms, name, lambda *a: (steps.append((name, detail(*a))), inner(*a))[1])
+    record("_randint", lambda n: n); record("resize_image"); record("resize_label"); record("_coin", lambda p=.5: p); record("photometric_distortion", lambda x: tuple(x.shape))
+    image, label = pair(32, 64)
+    t = TrainTransform(crop=300, base=64)  # larger than anything it is cut from: the rest is padding
+    torch.manual_seed(0)
+    x, y, g = t(image, label)
+    h, w = g.inside
+    assert (h, w) == g.size != (300, 300)
+    names = [n for n, _ in steps]
+    assert names[:6] == ["_randint", "resize_image", "resize_label", "_randint", "_randint", "_coin"] and names[6] == "photometric_distortion" and set(names[7:]) <= {"_coin"}
+    assert [d for n, d in steps if n == "_randint"] == [16, 1, 1] and steps[5][1] == .5 and steps[6][1] == (3, h, w)
+    padding = torch.ones(300, 300, dtype=torch.bool); padding[:h, :w] = False
+    assert ((x - MEAN)[:, padding] == 0).all() and (y[padding] == 255).all()  # normalised, the padding is exactly 0 whatever the colours did
+    steps.clear(); t(image)
+    assert [n for n, _ in steps][:5] == ["_randint", "resize_image", "_randint", "_randint", "_coin"]  # without a label: the same draws
+
+
+def test_colours_are_drawn_in_the_order_of_the_recipe(monkeypatch):
+    draws = []
+    monkeypatch.setattr(transforms, "_uniform", lambda low, high: draws.append((low, high)) or (low + high) / 2)
+    x = torch.rand(3, 4, 4)
+    monkeypatch.setattr(transforms, "_coin", lambda p=.5: True)  # contrast before saturation and hue
+    photometric_distortion(x)
+    assert draws == [(-32, 32), (.5, 1.5), (.5, 1.5), (-18, 18)]
+    coins = iter([False, False, True, False, True])  # no brightness, contrast last, saturation, no hue, contrast
+    monkeypatch.setattr(transforms, "_coin", lambda p=.5: next(coins))
+    draws.clear(); photometric_distortion(x)
+    assert draws == [(.5, 1.5), (.5, 1.5)]
+    coins = iter([False] * 5)
+    draws.clear(); assert torch.equal(photometric_distortion(x), x) and not draws
+
+
+def test_draws_of_a_seed_stay_what_they_were():
+    "Recorded runs were trained on these draws; another number or order of them would be another method."
+    image, label = pair()
+    t, seen = TrainTransform(crop=48, base=64), []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        _, _, g = t(image, label, 3 if seed % 2 else None)
+        seen.append((g.size[0], g.top, g.left, g.flip, round(torch.rand(()).item(), 6)))
+    assert seen == GOLDEN
+
+
+def test_proposals_follow_the_geometry():
+    "Whatever has the image's shape goes through the same resize, crop, flip and padding: a mask painted into the image stays on its pixels."
+    image, label = pair()
+    mask = torch.zeros(64, 128, dtype=torch.uint8); mask[16:48, 32:80] = 255
+    image = tv_tensors.Image(mask.expand(3, -1, -1).contiguous())
+    t = TrainTransform(crop=72, base=64, photometric=False)
+    torch.manual_seed(3)
+    for _ in range(20):
+        x, y, g = t(image, label)
+        follows = g.cut(resize_label(mask, g.size))
+        h, w = g.inside
+        assert ((x[0] > .5) == (follows > 0))[:h, :w].float().mean() > .97 and not follows[h:].any() and not follows[:, w:].any()
 
 
 # ---------------------------------------------------------------- conditions on the crop
@@ -254,3 +339,105 @@ def test_block_masks(height, width, block):
             part = masks[:, i:i + block, j:j + block].flatten(1)
             assert torch.equal(part.all(1), part.any(1))
     assert not random_block_mask(64, 64, ratio=0.).any() and random_block_mask(64, 64, ratio=1.).all()
+
+
+# ---------------------------------------------------------------- PASTA and AdvStyle
+
+def soft(batch=2, h=24, w=32):
+    "Images of little contrast, so that nothing is clamped."
+    return .5 + .01 * torch.randn(batch, 3, h, w, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24, 32), (3, 15, 9), (1, 3, 16, 7)])
+def test_pasta_without_noise_is_the_identity(shape):
+    x = torch.rand(shape)
+    torch.testing.assert_close(pasta(x, alpha=0, beta=0), x, atol=1e-5, rtol=0)
+
+
+def test_pasta_keeps_phases_and_does_not_touch_its_input():
+    x = soft(); before = x.clone()
+    torch.manual_seed(0)
+    y = pasta(x, alpha=3, beta=.1)
+    assert 0 < y.min() and y.max() < 1 and y.shape == x.shape and y.dtype == x.dtype and torch.equal(x, before) and not torch.equal(x, y)
+    a, b = torch.fft.fft2(x.double()), torch.fft.fft2(y.double())
+    ratio = (b / a)[a.abs() > a.abs().median()]
+    assert (ratio.imag.abs() < 1e-3 * ratio.abs().clamp(min=1)).all()  # a real gain: the phase stays, but for the sign where the gain is negative
+    gentle = torch.fft.fft2(pasta(x, alpha=.3, beta=.05).double())
+    assert ((gentle / a)[a.abs() > a.abs().median()].angle().abs() < 1e-2).all()
+
+
+def test_pasta_follows_the_seed_and_disturbs_images_and_channels_apart():
+    x = soft(1).expand(2, -1, -1, -1)
+    def draw(seed): torch.manual_seed(seed); return pasta(x)
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    y = draw(0) - x
+    assert not torch.allclose(y[0], y[1], atol=1e-3)
+    grey = torch.full((1, 3, 8, 8), .5)
+    assert pasta(grey).std(1).max() > 1e-3  # the mean colour too: beta
+
+
+def test_pasta_gains_grow_with_frequency():
+    "Deviations of the gains by frequency, against the formula; the real part averages the gains of m and -m."
+    h, w = 16, 32
+    x = torch.zeros(3, h, w); x[:, 0, 0] = 1e-3  # a flat spectrum; far from the limits after the shift
+    x = .5 + x
+    torch.manual_seed(0)
+    spectrum = torch.fft.fft2(x.double())
+    gains = torch.stack([(torch.fft.fft2(pasta(x, alpha=3, beta=.25, k=2).double()) / spectrum).real for _ in range(300)])
+    m, n = torch.fft.fftfreq(h) * h, torch.fft.fftfreq(w) * w
+    sigma = (2 * 3 * ((m[:, None] ** 2 + n ** 2) / (h ** 2 + w ** 2)).sqrt()) ** 2 + .25
+    assert abs(sigma.max() - 9.25) < 1e-4 and sigma[0, 0] == .25
+    inner = torch.ones(h, w, dtype=torch.bool); inner[0::h // 2, 0::w // 2] = False  # all but the four that are their own mirror image
+    deviation = gains.std((0, 1))
+    expected = torch.where(inner, sigma / math.sqrt(2), sigma)
+    assert (deviation / expected - 1)[1:].abs().mean() < .05 and abs(gains.mean() - 1) < .1
+    low, high = sigma < 1, sigma > 5
+    assert deviation[low].max() < deviation[high].min()
+
+
+def tiny_network():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+    images, labels = torch.rand(2, 3, 16, 16), torch.randint(0, 4, (2, 16, 16))
+    return net, images, lambda x: torch.nn.functional.cross_entropy(net((x - MEAN) / .225), labels)
+
+
+def test_adv_style_raises_the_loss_and_keeps_the_content():
+    net, images, loss = tiny_network()
+    before = images.clone()
+    styled = adv_style(images, loss)
+    with torch.no_grad(): assert loss(styled) > loss(images)
+    assert torch.equal(images, before) and not styled.requires_grad and styled.shape == images.shape and styled.dtype == images.dtype
+    def content(x): return (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True)
+    torch.testing.assert_close(content(styled), content(images), atol=1e-3, rtol=0)
+    assert all(p.grad is None for p in net.parameters())
+    torch.testing.assert_close(adv_style(images, loss, lr=0.), images, atol=1e-5, rtol=0)
+    flat = torch.full((1, 3, 8, 8), .4)
+    assert adv_style(flat, lambda x: x.mean()).isfinite().all()  # no contrast, no division by 0
+    with torch.no_grad(): assert torch.equal(adv_style(images, loss), styled)  # also where gradients are off
+
+
+def test_adv_style_step_is_gradient_ascent_in_normalised_units():
+    net, images, loss = tiny_network()
+    std = torch.tensor([.229, .224, .225]).view(1, 3, 1, 1)
+    x = (images - MEAN) / std
+    mu, sigma = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True).sqrt()
+    content = (x - mu) / sigma
+    mu, sigma = mu.requires_grad_(), sigma.requires_grad_()
+    loss((content * sigma + mu) * std + MEAN).backward()
+    by_hand = (content * (sigma + 3 * sigma.grad) + mu + 3 * mu.grad) * std + MEAN
+    torch.testing.assert_close(adv_style(images, loss, lr=3.), by_hand.detach(), atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- how fast
+
+def test_speed_and_workers():
+    read = []
+    class Data:
+        def __len__(self): return 3
+        def __getitem__(self, i): read.append(i); return "image", "label", "name"
+    seen = []
+    assert loading_speed(Data(), lambda image, label: seen.append((image, label)), seconds=.01) > 0
+    assert read[:4] == [0, 1, 2, 0] and set(seen) == {("image", "label")} and len(seen) == len(read)
+    read.clear(); assert loading_speed(Data(), seconds=0) > 0 and read == [0]
+    assert workers_needed(8, 4, .84) == 1 and workers_needed(8, 4, .2) == 3 and workers_needed(8, 4, .5) == 1 and workers_needed(3, 8, .2) == 14
