@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_DECAY', 'Generalize', 'parameter_groups', 'learning_rate', 'TrainingError', 'fit']
 
-# %% ../nbs/13_train.ipynb #a1739157
+# %% ../nbs/13_train.ipynb #758acdb0
 import contextlib
 import io
 import json
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset as TorchDataset
 
 from .datasets import Sampler, fold
-from .losses import mask_classification_loss, targets_from_labels
+from .losses import segmentation_loss
 from .segmenter import Segmenter, write_atomically
 
 # %% ../nbs/13_train.ipynb #354d4484
@@ -34,7 +34,7 @@ class _Draws(TorchDataset):
         torch.manual_seed(fold(self.seed, key))
         return self.objective.sample(key, self.seed)
 
-# %% ../nbs/13_train.ipynb #077c3c2c
+# %% ../nbs/13_train.ipynb #9037cb02
 class Generalize:
     "The objective of Rein-G and its baselines (eq. 1): labelled sources only."
 
@@ -60,7 +60,7 @@ class Generalize:
     def step(self, batch: dict, iteration: int) -> dict[str, torch.Tensor]:
         "Forward and backward of one batch; the loss terms, detached."
         with self.autocast(): output = self.segmenter(batch["image"])
-        loss = mask_classification_loss(output, targets_from_labels(batch["label"], self.segmenter.num_classes), num_points=self.num_points)
+        loss = segmentation_loss(output, batch["label"], self.segmenter.num_classes, self.num_points)
         loss["total"].backward()
         return {name: value.detach() for name, value in loss.items()}
 
