@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'METHOD_VERSION', 'PRESETS', 'PAPER_NEEDS', 'Experiment', 'open_domain', 'Preset', 'plan', 'Ledger',
            'find_adapter', 'build', 'objective_of', 'run', 'commit', 'versions', 'missing_for_paper', 'choose_preset',
-           'check_names', 'check_parameters', 'estimate']
+           'check_names', 'check_parameters', 'estimate', 'wanted', 'fill', 'schedule']
 
-# %% ../nbs/15_experiments.ipynb #7342c771
+# %% ../nbs/15_experiments.ipynb #8d365b64
 import contextlib
 import dataclasses
 import hashlib
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from .datasets import DATASETS, Dataset, Sampler, data_folder, open_dataset
-from .evaluate import evaluate
+from .datasets import DATASETS, Dataset, Sampler, concat, data_folder, open_dataset
+from .evaluate import evaluate, evaluate_set
 from .proposals import ENGINES, make_proposals
 from .rein_a import ReinA
 from .segmenter import Segmenter, create_segmenter, read_adapter, write_atomically
@@ -29,7 +29,7 @@ from .stm import STM
 from .train import Generalize, fit
 from .transforms import TrainTransform
 
-# %% ../nbs/15_experiments.ipynb #9a62fcb2
+# %% ../nbs/15_experiments.ipynb #e56e3354
 METHODS = ("freeze", "full", "bitfit", "lora", "adaptformer", "vpt", "rein_g", "control", "rein_a")
 METHOD_VERSION = 1  # raise it when a change to the method, or to the tiny backbone, makes old records wrong
 
@@ -48,7 +48,7 @@ class Experiment:
     adaptation: dict | None  # arguments of `ReinA`, the STM and the proposals (rein_a)
     window: int | None  # of evaluation, pixels
     stride: int | None
-    size: tuple | None  # (height, width) that images are resized to before prediction
+    size: tuple | str | None  # (height, width) that images are resized to before prediction; "protocol": each set's own window, stride and size
     start: "Experiment | None" = None  # whose adapter and head it starts from
 
     def config(self) -> dict:
@@ -73,16 +73,17 @@ def _hash(config: dict) -> str: return hashlib.sha256(json.dumps(config, sort_ke
 
 
 def open_domain(
-    domain: str,  # `dataset:split`; of the embedded scenes also the first n only, `scenes:night/val[:40]`
+    domain: str,  # `dataset:split`; of the embedded scenes also the first n only, `scenes:night/val[:40]`; several joined by `+`
     data_root: str | Path | None = None,  # folder that holds the datasets; None: `data/`
     labels: bool = True,
 ) -> Dataset:
     "A dataset from its domain name."
+    if "+" in domain: return concat([open_domain(d, data_root, labels) for d in domain.split("+")])
     name, _, split = domain.partition(":")
     split, _, first = split.removesuffix("]").partition("[:")
     return open_dataset(name, split, root=data_root, labels=labels, **(dict(count=int(first)) if first else {}))
 
-# %% ../nbs/15_experiments.ipynb #e3e1a579
+# %% ../nbs/15_experiments.ipynb #e1a07ded
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "Settings shared by all runs of one size."
@@ -97,7 +98,9 @@ class Preset:
     adaptation: dict  # of rein_a
     window: int
     stride: int
-    size: tuple | None
+    size: tuple | str | None
+    settings: dict = dataclasses.field(default_factory=dict)  # other sources: name -> changes to source, source_val, targets
+    rivals: dict = dataclasses.field(default_factory=dict)  # method -> arguments of the adapter where the default does not fit
     note: str = ""
 
 
@@ -108,6 +111,8 @@ _TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=
                         stm=dict(from_head=True, decoder_layers=2))
 _NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head"
 
+_PAPER_TARGETS = dict(citys=("cityscapes:train", "cityscapes:val"), bdd=("bdd100k:train", "bdd100k:val"), map=("mapillary:train", "mapillary:val"))
+
 PRESETS = {
     "tiny": Preset(
         "tiny", source="scenes:train", source_val="scenes:val",
@@ -115,25 +120,28 @@ PRESETS = {
         model=_TINY_MODEL, data=_TINY_DATA,
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
         adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION, window=128, stride=85, size=None, note=_NOTE),
+        adaptation=_TINY_ADAPTATION, window=128, stride=85, size=None, rivals=dict(vpt=dict(num_tokens=32)), note=_NOTE),
     "camvid": Preset(
         "camvid", source="camvid:day_train", source_val="camvid:day_val",
         targets={"dusk": ("camvid:dusk_train", "camvid:dusk_train")},
-        model=_TINY_MODEL, data=_TINY_DATA | dict(base=270, scales=tuple(range(7, 15))),
+        model=_TINY_MODEL, data=_TINY_DATA | dict(base=180, scales=tuple(range(7, 15))),
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
         adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION | dict(engine="classical"), window=128, stride=85, size=(270, 360), note=_NOTE),
+        adaptation=_TINY_ADAPTATION | dict(engine="classical"), window=128, stride=85, size=(180, 240), rivals=dict(vpt=dict(num_tokens=32)), note=_NOTE),
     "paper": Preset(
-        "paper", source="gtav:train", source_val=None, targets={"citys": ("cityscapes:train", "cityscapes:val")},
+        "paper", source="gtav:train", source_val=None, targets=_PAPER_TARGETS,
         model=dict(backbone="dinov2_large", num_classes=19, image_size=512, normalization="imagenet"),
         data=dict(crop=512, base=512, scales=tuple(range(5, 21)), max_long=2048, min_class_pixels=3000, rcs=True, num_points=12544),
         training=dict(iterations=40_000, batch_size=4, lr=1e-4, backbone_lr=1e-5),
         adapt_training=dict(iterations=40_000, batch_size=1, lr=1e-4, backbone_lr=1e-5),
         adaptation=dict(engine="sam2", reduction=4, limit=100, tau=0.968, ema=0.999, weighting="image", mask_block=32, mask_ratio=0.7, stm={}),
-        window=512, stride=341, size=None),
+        window=512, stride=341, size="protocol", settings={
+            "three sources": dict(source="urbansyn:train+synthia:train+gtav:train"),
+            "cityscapes": dict(source="cityscapes:train", source_val="cityscapes:val", targets=dict(
+                acdc=("acdc:train", "acdc:val"), darkzurich=("darkzurich:train", "darkzurich:val"), bdd=_PAPER_TARGETS["bdd"], map=_PAPER_TARGETS["map"]))}),
 }
 
-# %% ../nbs/15_experiments.ipynb #ab0dfa8a
+# %% ../nbs/15_experiments.ipynb #62a4f506
 def plan(
     preset: str,  # a key of `PRESETS`
     method: str,  # one of `METHODS`
@@ -141,6 +149,7 @@ def plan(
     target: str | None = None,  # short name of a target (rein_a)
     limit_iterations: int | None = None,  # cut every training to so many iterations: other runs, other records
     adapt_iterations: int | None = None,  # cut the adaptation (and its control) only; the source model is trained in full
+    setting: str | None = None,  # another source, a key of the preset's `settings`
     model: dict = {},  # changes to the preset's arguments of `create_segmenter`, e.g. dict(adapter_args=dict(rank=4)); for the source model too
     **adaptation,  # changes to the preset's adaptation settings
 ) -> Experiment:
@@ -148,6 +157,9 @@ def plan(
     if preset not in PRESETS: raise ValueError(f"preset={preset!r} is unknown: use one of {', '.join(PRESETS)}")
     if method not in METHODS: raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
     p = PRESETS[preset]
+    if setting is not None:
+        if setting not in p.settings: raise ValueError(f"setting={setting!r} is unknown in preset {preset!r}: use one of {', '.join(p.settings) or 'none, it has one setting only'}")
+        p = dataclasses.replace(p, **p.settings[setting])
     if method == "rein_a" and target not in p.targets: raise ValueError(f"target={target!r} is unknown in preset {preset!r}: use one of {', '.join(p.targets)}")
     adapts = method in ("rein_a", "control")
     limit = min((n for n in (limit_iterations, adapt_iterations if adapts else None) if n), default=None)
@@ -159,14 +171,14 @@ def plan(
         method, p.source, p.targets[target][0] if method == "rein_a" else None, domains, seed,
         _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False), cut(p.adapt_training if adapts else p.training),
         p.adaptation | adaptation if method == "rein_a" else None, p.window, p.stride, p.size,
-        start=plan(preset, trained, seed, limit_iterations=limit_iterations, model=model) if adapts else None)
+        start=plan(preset, trained, seed, limit_iterations=limit_iterations, setting=setting, model=model) if adapts else None)
 
 
 def _model_of(p: Preset, adapter: str, changes: dict) -> dict:
     "Arguments of `create_segmenter`: the preset's, with changes. Without linked tokens the head has as many queries of its own."
     model = {k: v for k, v in (p.model | changes).items() if k not in ("adapter_args", "head_args")} | dict(adapter=adapter)
     settings = dict(p.model.get("adapter_args", {}))
-    args = (settings if adapter == "rein_g" else {}) | changes.get("adapter_args", {})
+    args = (settings if adapter == "rein_g" else p.rivals.get(adapter, {})) | changes.get("adapter_args", {})
     own_head = model.get("head", "mask2former") == p.model.get("head", "mask2former")
     head = (p.model.get("head_args", {}) if own_head else {}) | changes.get("head_args", {})
     if own_head and (adapter != "rein_g" or not args.get("link_queries", True)): head = head | dict(num_queries=args.get("num_tokens", settings.get("num_tokens", 100)) if adapter == "rein_g" else settings.get("num_tokens", 100))
@@ -203,7 +215,7 @@ def _without_nan(value):
     if isinstance(value, (list, tuple)): return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
-# %% ../nbs/15_experiments.ipynb #6cefeef9
+# %% ../nbs/15_experiments.ipynb #df31626b
 def find_adapter(
     experiment: Experiment,
     runs: Path,  # folder of runs
@@ -279,13 +291,20 @@ def run(
         segmenter.to(device)
         metrics = {}
         for domain in experiment.evaluate_on:
-            result = evaluate(segmenter, open_domain(domain, data_root), window=experiment.window, stride=experiment.stride, size=experiment.size)
+            result = _evaluate(segmenter, domain, experiment, data_root)
             metrics[domain] = {k: result[k] for k in ("miou", "pixel_accuracy", "iou", "images")}
         record = dict(key=experiment.key, config=experiment.config(), metrics=metrics, training=training, seconds=round(time.time() - began, 1),
                       parameters=segmenter.trainable_parameters(), versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
         ledger.put(experiment, record)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
     return ledger.get(experiment)  # as anybody will read it
+
+
+def _evaluate(segmenter, domain, experiment, data_root):
+    "One domain, in the run's windows or under the set's own protocol."
+    if experiment.size != "protocol": return evaluate(segmenter, open_domain(domain, data_root), window=experiment.window, stride=experiment.stride, size=experiment.size)
+    name, _, split = domain.partition(":")
+    return evaluate_set(segmenter, name, split, root=data_root, model_size=experiment.data["crop"])
 
 # %% ../nbs/15_experiments.ipynb #e78696ec
 def commit() -> str:
@@ -348,7 +367,7 @@ def choose_preset(
         return "tiny" if lacks else "paper"
     return preset
 
-# %% ../nbs/15_experiments.ipynb #4e34b53e
+# %% ../nbs/15_experiments.ipynb #6b3856e9
 def check_names(
     namespace: dict,  # `globals()` of the notebook, before anything else is defined
     known: str,  # names of its parameters, separated by blanks
@@ -359,19 +378,27 @@ def check_names(
     if unknown: raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook takes {', '.join(known.split())}")
 
 
-def check_parameters(preset: str = "auto", rows=(), targets=None, seeds=(), limit_iterations: int | None = None) -> None:
-    "Raise `ValueError`, with what exists, for a wrong preset, method, target, seed or limit. Lists given on a command line must be lists: `-y 'seeds: [0, 1]'`."
+def check_parameters(
+    preset: str = "auto",
+    rows=(),
+    targets=None,
+    seeds=(),
+    known_rows=METHODS,  # what `rows` may hold
+    **iterations,  # limits: whole numbers from 1 up, or None
+) -> None:
+    "Raise `ValueError`, with what exists, for a wrong preset, row, target, seed or limit. Lists given on a command line must be lists: `-y 'seeds: [0, 1]'`."
     if preset not in ("auto", *PRESETS): raise ValueError(f"preset={preset!r} is unknown: use auto, {', '.join(PRESETS)}")
     for name, value in (("rows", rows), ("targets", targets), ("seeds", seeds)):
         if isinstance(value, str) or not (value is None or hasattr(value, "__iter__")): raise ValueError(f"{name}={value!r} is not a list: write -y '{name}: [...]'")
-    for row in rows:
-        if row not in METHODS: raise ValueError(f"rows: {row!r} is unknown: use {', '.join(METHODS)}")
+    for row in rows or ():
+        if row not in known_rows: raise ValueError(f"rows: {row!r} is unknown: use {', '.join(known_rows)}")
     known = [t for name, p in PRESETS.items() if preset in (name, "auto") for t in p.targets]
     for target in targets or ():
         if target not in known: raise ValueError(f"targets: {target!r} is unknown in preset {preset!r}: use {', '.join(known)}")
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0: raise ValueError(f"seeds: {seed!r} is no whole number from 0 up")
-    if limit_iterations is not None and (not isinstance(limit_iterations, int) or limit_iterations < 1): raise ValueError(f"limit_iterations={limit_iterations!r}: use a whole number from 1 up, or None")
+    for name, value in iterations.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1): raise ValueError(f"{name}={value!r}: use a whole number from 1 up, or None")
 
 
 def estimate(
@@ -388,7 +415,7 @@ def estimate(
             if one is not None and find_adapter(one, runs) is None: needed.setdefault(one.training_key, one)
     cost, lines, total = {}, [], 0.0
     for one in needed.values():
-        kind = (one.method, json.dumps(one.config()["data"]), one.training["batch_size"])
+        kind = (one.method, json.dumps([one.config()[k] for k in ("model", "data", "adaptation")]), one.training["batch_size"])
         if kind not in cost:
             torch.manual_seed(0)
             objective = objective_of(one, create_segmenter(**one.model), data_root, runs)
@@ -399,3 +426,53 @@ def estimate(
         lines.append(f"{one}: {cost[kind]:.2f} s an iteration, about {60 * hours:.0f} min")
     only = len(experiments) - sum(e.training_key in needed for e in experiments)
     return "\n".join(lines + [f"in total about {60 * total:.0f} min of training here" + (f"; {only} runs are trained already and only need their evaluation" if only else "")])
+
+# %% ../nbs/15_experiments.ipynb #5f52ef70
+def wanted(
+    preset: str,
+    rows: dict,  # row label -> arguments of `plan` (method, model, setting, changes to the adaptation)
+    seeds=(0,),
+    targets=(),  # short names, for rows that adapt
+    ledger: Ledger | None = None,
+    short_iterations: int | None = None,  # length of what would have to be trained first; None: full length
+    limit_iterations: int | None = None,  # cut everything (smoke tests)
+    runs: str | Path | None = None,
+) -> dict:  # (row label, target or None, seed) -> Experiment
+    "The runs that a table shows. Rows that do not adapt serve every target at once."
+    ledger, runs, chosen = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs", {}
+    for label, row in rows.items():
+        for seed in seeds:
+            for target in targets if row["method"] == "rein_a" else [None]:
+                one = plan(preset, seed=seed, target=target, limit_iterations=limit_iterations, **row)
+                if short_iterations and not limit_iterations and ledger.get(one) is None and find_adapter(one, runs) is None:
+                    adapts = one.start is not None and find_adapter(one.start, runs) is not None  # otherwise the source model is short too
+                    one = plan(preset, seed=seed, target=target, **{"adapt_iterations" if adapts else "limit_iterations": short_iterations}, **row)
+                chosen[label, target, seed] = one
+    return chosen
+
+
+def fill(
+    experiments,  # Experiments
+    ledger: Ledger | None = None,
+    run_missing: bool = True,  # False: only say what is missing
+    data_root: str | Path | None = None,
+    runs: str | Path | None = None,
+    **options,  # of `run`
+) -> None:
+    "Say which runs are missing and what they will cost here, then make them. What was interrupted is resumed; what another process is making is waited for."
+    ledger, experiments = ledger or Ledger(), list({e.key: e for e in experiments}.values())
+    missing = [e for e in experiments if ledger.get(e) is None]
+    print(f"{len(experiments)} runs wanted, {len(missing)} not in the ledger" + ("" if run_missing or not missing else "; run_missing is False, so they stay missing"))
+    if not run_missing or not missing: return
+    print(estimate(missing, runs, data_root), flush=True)
+    for experiment in missing: run(experiment, ledger, runs, data_root, **dict(progress="lines") | options)
+
+
+def schedule(
+    hours: list[float],  # of runs that do not depend on each other
+    gpus: int,
+) -> float:  # hours until the last one ends
+    "Longest first, each to the GPU that is free first: how long a list of runs takes on several GPUs."
+    busy = [0.0] * gpus
+    for one in sorted(hours, reverse=True): busy[busy.index(min(busy))] += one
+    return max(busy)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from reinpp import datasets
-from reinpp.datasets import (DATASETS, Sampler, class_frequencies, class_pixels, concat, fold, open_dataset, rare_class_probabilities)
+from reinpp.datasets import (DATASETS, STATISTICS, Sampler, class_frequencies, class_pixels, class_statistics, concat, fold, open_dataset, rare_class_probabilities)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CAMVID_TO_TRAIN = {0: 10, 1: 2, 2: 5, 3: 0, 4: 1, 5: 8, 6: 7, 7: 4, 8: 13, 9: 11, 10: 12, 11: 255}
@@ -309,3 +309,86 @@ def test_kept_images_are_the_same_and_not_shared(camvid):
     first = kept[1]
     first[0].zero_(); first[1].zero_()
     for a, b in zip(kept[1], read[1]): assert a == b if isinstance(a, str) else torch.equal(a, b)
+
+
+# ---------------------------------------------------------------- class statistics on disk
+
+@pytest.fixture
+def gta(tmp_path):
+    "Three pairs of GTAV in its own ids: road everywhere, `k` rows of riders (25) in number k, one row of number plates (34)."
+    for k in range(3):
+        label = np.full((6, 8), 7, np.uint8); label[:k] = 25; label[5] = 34
+        save(picture(seed=k), tmp_path / "gta" / "images" / f"0000{k}.png")
+        save(label, tmp_path / "gta" / "labels" / f"0000{k}.png")
+    return tmp_path / "gta"
+
+
+def no_reading(*a): pytest.fail("a label was read")
+
+
+def test_statistics_have_the_shared_form(gta, monkeypatch):
+    ds = open_dataset("gtav", "train", root=gta)
+    sampler = Sampler(ds, rcs=True, min_pixels=4)
+    stats, by_file, with_class = (json.loads((gta / name).read_text()) for name in STATISTICS)
+    assert stats == [{"0": 40, "file": "labels/00000_labelTrainIds.png"}, {"0": 32, "12": 8, "file": "labels/00001_labelTrainIds.png"}, {"0": 24, "12": 16, "file": "labels/00002_labelTrainIds.png"}]
+    assert by_file == {e["file"]: {k: v for k, v in e.items() if k != "file"} for e in stats}
+    assert with_class == {"0": [[e["file"], e["0"]] for e in stats], "12": [[e["file"], e["12"]] for e in stats[1:]]}
+    assert sorted(p.name for p in gta.iterdir()) == ["images", "labels", *STATISTICS]
+    assert sampler.images[12] == [1, 2] and torch.equal(class_statistics(ds), class_pixels(ds))
+    monkeypatch.setattr(datasets, "class_pixels", no_reading)
+    again = Sampler(open_dataset("gtav", "train", root=gta), rcs=True, min_pixels=4)
+    assert torch.equal(again.probabilities, sampler.probabilities) and [again.draw(k, 0) for k in range(50)] == [sampler.draw(k, 0) for k in range(50)]
+
+
+@pytest.mark.parametrize("name", ["data/gta/labels/0000{}_labelTrainIds.png", "D:\\data\\gta\\labels\\0000{}_labelTrainIds.png", "/elsewhere/0000{}.png"])
+def test_statistics_of_other_converters_are_used(gta, monkeypatch, name):
+    counts = [{"0": 40}, {"0": 32, "12": 8}, {"0": 24, "12": 16}]
+    (gta / STATISTICS[0]).write_text(json.dumps([row | {"file": name.format(k)} for k, row in reversed(list(enumerate(counts)))] + [{"3": 9, "file": "data/gta/labels/00077_labelTrainIds.png"}]))
+    monkeypatch.setattr(datasets, "class_pixels", no_reading)
+    found = class_statistics(open_dataset("gtav", "train", root=gta))
+    assert found[:, 0].tolist() == [40, 32, 24] and found[:, 12].tolist() == [0, 8, 16] and found.sum() == 120
+
+
+def test_statistics_that_do_not_fit_stop(gta):
+    ds = open_dataset("gtav", "train", root=gta)
+    class_statistics(ds)
+    path = gta / STATISTICS[0]
+    good = json.loads(path.read_text())
+    for bad, says in ((good[:2], "no entry for labels/00002"), ([good[0] | {"0": 41}, *good[1:]], "not those of the label"), ([good[0] | {"31": 2}, *good[1:]], "IndexError"), ({"0": 3}, "no class statistics")):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(ValueError) as e: Sampler(ds, rcs=True)
+        assert str(path) in one_line(e) and says in one_line(e) and "statistics=" in one_line(e)
+    path.write_text("[{")
+    with pytest.raises(ValueError, match="no class statistics"): class_statistics(ds)
+
+
+def test_statistics_elsewhere(gta, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "kept" / "gta"
+    ds = open_dataset("gtav", "train", root=gta, statistics=elsewhere)
+    counts = class_statistics(ds)
+    assert (elsewhere / STATISTICS[2]).is_file() and not (gta / STATISTICS[0]).exists()
+    monkeypatch.setattr(datasets.os, "access", lambda *a: False)
+    monkeypatch.setattr(datasets, "class_pixels", no_reading)
+    with pytest.raises(PermissionError) as e: class_statistics(open_dataset("gtav", "train", root=gta))
+    assert str(gta) in one_line(e) and "statistics=" in one_line(e)
+    assert torch.equal(class_statistics(ds), counts)
+    assert torch.equal(class_statistics(concat([ds, ds])), torch.cat([counts, counts]))
+
+
+def test_statistics_are_not_kept_unasked_for_small_sets(camvid):
+    before = sorted(camvid.iterdir())
+    Sampler(open_dataset("camvid", "day_train", root=camvid), rcs=True, min_pixels=1)
+    assert sorted(camvid.iterdir()) == before
+    with pytest.raises(ValueError, match="labels=False"): class_statistics(open_dataset("camvid", "day_train", root=camvid, labels=False))
+
+
+def test_counting_in_processes(tmp_path):
+    for k in range(70):
+        save(picture(seed=k), tmp_path / "train" / "images" / f"{k}.png")
+        save(np.full((6, 8), k % 19, np.uint8), tmp_path / "train" / "masks" / f"{k}.png")
+    ds = open_dataset("folder", "train", root=tmp_path)
+    assert torch.equal(class_pixels(ds, workers=2), class_pixels(ds, workers=0)) and class_pixels(ds).dtype == torch.int64
+    save(np.full((6, 8), 99, np.uint8), tmp_path / "train" / "masks" / "66.png")
+    with pytest.raises(ValueError) as e: class_pixels(ds, workers=2)
+    assert "66.png" in one_line(e) and "value 99" in one_line(e)
+    assert class_pixels(open_dataset("folder", "train", root=tmp_path, on_error="skip"), workers=2).sum(1).tolist() == [48 * (name != "66") for name in ds.reader.names]

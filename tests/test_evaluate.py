@@ -1,15 +1,21 @@
 "Evaluation against other implementations, absent classes, sizes, batches, and what it refuses."
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from reinpp.datasets import Dataset, open_dataset
-from reinpp.evaluate import evaluate, iou_from_confusion
+from reinpp.datasets import DATASETS, Dataset, open_dataset
+from reinpp.evaluate import (CONDITIONS, PROTOCOL_SETS, SYNTHIA_13, SYNTHIA_16, average, evaluate, evaluate_set, iou_from_confusion, mean_iou,
+                             predict_to_folder, predictions, protocol, summarize)
+from reinpp.labels import CLASSES, ID_MAPS, PALETTE
 
 
 class Maps:
@@ -118,3 +124,160 @@ def test_refusals():
 def test_iou_by_hand():
     iou = iou_from_confusion([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
     assert iou[:2].tolist() == [3 / 6, 4 / 7] and iou[2].isnan()
+
+
+# ---------------------------------------------------------------- the field's judge
+
+def cityscapes_tree(root, seed=0):
+    "Images whose red channel is a random prediction, labels of all kinds of ids, and instances, in Cityscapes' layout; predictions as label ids in results/."
+    rng = np.random.default_rng(seed)
+    ids = {train: own for own, train in ID_MAPS["cityscapes"].items()}
+    own = np.array([ids[t] for t in range(19)], np.uint8)
+    for city, frames in (("frankfurt", 2), ("munster", 2)):
+        for folder in (f"leftImg8bit/val/{city}", f"gtFine/val/{city}", f"results/{city}"): (root / folder).mkdir(parents=True)
+        for i in range(frames):
+            stem = f"{city}_000000_{i:06d}"
+            truth = rng.integers(0, 34, (64, 128), dtype=np.uint8)  # ids that are not evaluated, too
+            truth[np.isin(truth, (own[16], own[17]))] = 0  # trains and motorcycles are nowhere
+            table = np.full(256, 255, np.uint8); table[own] = np.arange(19)
+            right = np.where(table[truth] < 19, table[truth], 0)
+            guess = np.where(rng.random((64, 128)) < .5, right, rng.choice([t for t in range(19) if t != 16], (64, 128))).astype(np.uint8)  # trains are not predicted either
+            Image.fromarray(np.stack([guess, guess, guess], -1)).save(root / f"leftImg8bit/val/{city}/{stem}_leftImg8bit.png")
+            Image.fromarray(truth).save(root / f"gtFine/val/{city}/{stem}_gtFine_labelIds.png")
+            instances = np.where(truth >= 24, truth.astype(np.int32) * 1000, truth)
+            Image.fromarray(instances.astype(np.uint16)).save(root / f"gtFine/val/{city}/{stem}_gtFine_instanceIds.png")
+            Image.fromarray(own[guess]).save(root / f"results/{city}/{stem}_leftImg8bit.png")
+    return root
+
+
+@pytest.mark.skipif("cityscapes" not in DATASETS, reason="no reader of Cityscapes")
+def test_agrees_with_the_cityscapes_scripts(tmp_path):
+    pytest.importorskip("cityscapesscripts")
+    cityscapes_tree(tmp_path)
+    # run as its users run it: a program that is told by the environment where things are. It still calls np.in1d, which numpy 2.4 removed
+    run = "import numpy, runpy; numpy.in1d = numpy.isin; runpy.run_module('cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling', run_name='__main__')"
+    env = os.environ | dict(CITYSCAPES_DATASET=str(tmp_path), CITYSCAPES_RESULTS=str(tmp_path / "results"))
+    env.pop("CITYSCAPES_EXPORT_DIR", None)
+    done = subprocess.run([sys.executable, "-c", run], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    judge = json.loads((tmp_path / "evaluationResults" / "resultPixelLevelSemanticLabeling.json").read_text())
+    ours = evaluate(Table(), open_dataset("cityscapes", "val", root=tmp_path))
+    assert ours["images"] == 4
+    for name in CLASSES:
+        theirs = judge["classScores"][name]
+        assert math.isnan(theirs) if math.isnan(ours["iou"][name]) else abs(theirs - ours["iou"][name]) < 1e-6, name
+    assert math.isnan(ours["iou"]["train"]) and ours["iou"]["motorcycle"] == 0
+    assert abs(judge["averageScoreClasses"] - ours["miou"]) < 1e-6
+
+
+# ---------------------------------------------------------------- protocols
+
+def test_protocols():
+    assert protocol("cityscapes") == dict(window=512, stride=341, size=(1024, 2048)) == protocol("cityscapes_c")
+    assert protocol("bdd100k", 1024) == dict(window=1024, stride=683, size=(720, 1280))
+    assert protocol("mapillary") == dict(window=512, stride=341, fit=(2048, 1024), shrink=2)
+    for name in ("acdc", "darkzurich"): assert (protocol(name)["size"], protocol(name, 1024)["size"]) == ((540, 960), (1080, 1920))
+    assert protocol("cityscapes", cvpr24=True)["size"] == (512, 1024) and protocol("mapillary", cvpr24=True)["fit"] == (1024, 512)
+    assert all(protocol(n, s, cvpr24=True) == protocol(n, s) for n in PROTOCOL_SETS if n not in ("cityscapes", "mapillary") for s in (512, 1024))
+    with pytest.raises(ValueError, match="gtav.*mapillary"): protocol("kitti")
+    with pytest.raises(ValueError, match="512 and 1024"): protocol("acdc", 768)
+
+
+@pytest.mark.parametrize("size, fit, expected", [((30, 40), (20, 10), (10, 13)), ((10, 40), (20, 10), (5, 20)), ((8, 12), (20, 10), (10, 15)), ((12, 8), (20, 10), (15, 10))])
+def test_fit_keeps_the_aspect_and_enlarges(size, fit, expected):
+    table = Table()
+    table.predict = lambda images, window=None, stride=None: (table.calls.append(tuple(images.shape[-2:])), torch.rand(len(images), 19, *images.shape[-2:]))[1]
+    result = evaluate(table, random_set([size]), fit=fit)
+    assert table.calls == [expected] and np.array(result["confusion"]).sum() == (random_set([size]).reader.pairs[0][1] != 255).sum()
+    with pytest.raises(ValueError, match="one of them"): evaluate(table, random_set([size]), fit=fit, size=(4, 4))
+
+
+def test_shrink_is_pillows_half():
+    "Mapillary at half size, as the field's conversion makes it: bicubic images, labels by nearest centre, odd sizes rounded down."
+    rng = np.random.default_rng(0)
+    image = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((25, 17), Image.BICUBIC))
+    label = rng.integers(0, 19, (17, 25), dtype=np.uint8)
+    ds = Dataset("odd", "val", Maps([(image, label)]))
+    (name, prediction, half, small), = predictions(Table(256), ds, shrink=2)
+    assert prediction.shape == half.shape == small.shape[1:] == (8, 12)
+    assert (half.numpy() == np.asarray(Image.fromarray(label).resize((12, 8), Image.NEAREST))).all()
+    theirs = np.asarray(Image.fromarray(image).resize((12, 8), Image.BICUBIC)).astype(int)
+    assert np.abs(small.permute(1, 2, 0).numpy().astype(int) - theirs).max() <= 1
+
+
+def test_acdc_is_the_mean_over_conditions(monkeypatch):
+    module = sys.modules["reinpp.evaluate"]
+    opened = []
+    def fake(name, split, root=None):
+        opened.append((name, split, root))
+        return random_set(SIZES[: 1 + len(opened)], seed=len(opened))
+    monkeypatch.setattr(module, "open_dataset", fake)
+    result = evaluate_set(Table(), "acdc", root="here", window=None, size=None)
+    assert opened == [("acdc", f"{c}/val", "here") for c in CONDITIONS] and tuple(result["parts"]) == CONDITIONS
+    parts = list(result["parts"].values())
+    assert result["miou"] == pytest.approx(np.mean([p["miou"] for p in parts])) and result["images"] == sum(p["images"] for p in parts) == 14
+    assert result["iou"]["class 3"] == pytest.approx(np.mean([p["iou"]["class 3"] for p in parts])) and math.isnan(result["iou"]["class 18"])
+    assert (np.array(result["confusion"]) == sum(np.array(p["confusion"]) for p in parts)).all()
+    opened.clear()
+    table = Table()
+    assert "parts" not in evaluate_set(table, "acdc", "night/val", batch=1) and opened[0][1] == "night/val"
+    assert table.calls[0] == ((1, 3, 540, 960), 512, 341)
+    json.dumps(result)
+
+
+# ---------------------------------------------------------------- means and tables
+
+def test_synthia_means_and_summary():
+    results = {"a": evaluate(Table(), random_set(SIZES, classes=CLASSES)), "b": evaluate(Table(), random_set(SIZES, seed=1, classes=CLASSES))}
+    iou = results["a"]["iou"]
+    assert len(SYNTHIA_16) == 16 and len(SYNTHIA_13) == 13 and not {"terrain", "truck", "train"} & set(SYNTHIA_16) and not {"wall", "fence", "pole"} & set(SYNTHIA_13)
+    for classes in (SYNTHIA_16, SYNTHIA_13): assert mean_iou(results["a"], classes) == pytest.approx(np.nanmean([iou[c] for c in classes]))
+    assert mean_iou(results["a"], CLASSES) == pytest.approx(results["a"]["miou"])
+    with pytest.raises(ValueError, match="no class 'tram'"): mean_iou(results["a"], ("road", "tram"))
+    table = summarize(results | {"acdc": average(results)})
+    assert list(table.index) == ["a", "b", "acdc", "- a", "- b", "average"] and "bicycle" not in table and "road" in table  # nobody has a bicycle
+    assert table.loc["average", "mIoU"] == pytest.approx(50 * (results["a"]["miou"] + results["b"]["miou"])) and table.loc["acdc", "images"] == 20
+    assert list(summarize({"a": results["a"]}, per_class=False).columns) == ["mIoU", "images"]
+    with pytest.raises(ValueError, match="no results"): average({})
+
+
+# ---------------------------------------------------------------- files, interruption, progress
+
+def test_predictions_are_written(tmp_path):
+    ds = random_set(SIZES[:3])
+    result = evaluate(Table(), ds, save=tmp_path)
+    assert result == evaluate(Table(), ds) or json.dumps(result) == json.dumps(evaluate(Table(), ds))
+    for i, (image, _) in enumerate(ds.reader.pairs):
+        file = Image.open(tmp_path / "trainids" / f"{i}.png")
+        assert file.mode == "L" and (np.asarray(file) == image[..., 0]).all()
+        colour = np.asarray(Image.open(tmp_path / "colour" / f"{i}.png")).astype(int)
+        assert np.abs(colour - (image.astype(int) + PALETTE[image[..., 0]]) / 2).max() <= 1
+    unlabelled = random_set(SIZES[:2], labels=False)
+    assert sorted(p.name for p in predict_to_folder(Table(), unlabelled, tmp_path / "test", batch=1).iterdir()) == ["0.png", "1.png"]
+    assert not (tmp_path / "test" / "colour").exists() and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_interruption_leaves_the_model_as_it_was():
+    class Interrupted(Table):
+        def predict(self, images, window=None, stride=None):
+            if len(self.calls) == 2: raise KeyboardInterrupt
+            return super().predict(images)
+    table = Interrupted().train()
+    with pytest.raises(KeyboardInterrupt): evaluate(table, random_set(SIZES), batch=1)
+    assert table.training and not torch.is_inference_mode_enabled()
+    table = Table().train()
+    stream = predictions(table, random_set(SIZES))
+    next(stream)
+    assert not table.training and not torch.is_inference_mode_enabled()
+    stream.close()
+    assert table.training
+
+
+def test_progress_is_quiet_off_a_terminal(capsys, monkeypatch):
+    module, clock = sys.modules["reinpp.evaluate"], iter(range(0, 10_000, 20))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    evaluate(Table(), random_set(SIZES), progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) <= 6 and all(line.startswith("random/val: ") and "min left" in line for line in lines)
+    evaluate(Table(), random_set(SIZES))
+    assert capsys.readouterr().out == ""

@@ -1,6 +1,11 @@
-"""Proposals: the two engines, what is stored and what is refused, and that crops bend masks as they bend labels."""
+"""Proposals: the engines without weights, what is stored and what is refused, and that crops bend masks as they bend labels. (SAM: test_sam.py.)"""
 
 import json
+import runpy
+import shutil
+import sys
+import warnings
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -8,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from reinpp.datasets import open_dataset
-from reinpp.proposals import (ProposalStore, boxes_of, classical, compose, coverage, grid_size, instances, make_proposals, merge_tree, pack, pad,
-                              read_proposals, unpack, warp, write_proposals)
+from reinpp.engines import boxes_of, cell_size, classical, coverage, grid_size, instances, merge_tree
+from reinpp.proposals import ProposalStore, check_proposals, compose, main, make_proposals, pack, pad, read_proposals, unpack, warp, write_proposals
 from reinpp.transforms import Geometry, TrainTransform, resize_label
 
 
@@ -36,6 +41,7 @@ def test_coverage_and_boxes_equal_brute_force(size, reduction):
     ids[-1, -5:] = range(5)    # every region occurs
     counts, total = coverage(ids, 6, reduction)    # region 5 does not occur
     assert ((counts * 2 >= total)[:5] == brute_force(ids, 5, reduction)).all() and not counts[5].any()
+    assert (counts.sum(0) == total).all() and (total == cell_size(size, reduction)).all()
     boxes = boxes_of(ids, 6)
     for k in range(5):
         y, x = np.nonzero(ids == k)
@@ -107,7 +113,7 @@ def test_store_resumes_and_repairs(scenes, tmp_path):
     cut, foreign, swapped = (tmp_path / f"00000{i}.safetensors" for i in range(3))
     cut.write_bytes(cut.read_bytes()[:200])
     write_proposals(foreign, instances(scenes, 1, 2), "sam2")
-    write_proposals(swapped, store[2]._replace(name="another"), "counting")
+    write_proposals(swapped, store[2]._replace(name="another"), "counting", store.manifest["key"])
     with pytest.raises(ValueError, match="000000.*make_proposals again"):
         store[0]
     with pytest.warns(UserWarning) as said:
@@ -146,10 +152,133 @@ def test_a_killed_write_leaves_nothing(scenes, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_manifest_names_engine_and_options(scenes, tmp_path):
-    make_proposals(scenes, "classical", tmp_path, scale=80.0, shard=(0, 3))
+def test_manifest_says_what_decides_about_the_masks(scenes, tmp_path):
+    store = make_proposals(scenes, "classical", tmp_path, scale=80.0, shard=(0, 3))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["engine"] == "classical" and manifest["options"] == {"scale": 80.0} and manifest["reduction"] == 4
+    assert manifest["engine"] == "classical" and manifest["options"] == dict(long_edge=256, scale=80.0, min_size=20) and manifest["package"].startswith("scikit-image ")
+    assert (manifest["reduction"], manifest["limit"], manifest["images"]) == (4, 400, 3) and manifest["checkpoint"] is None
+    assert check_proposals(tmp_path / "000000.safetensors", "classical", manifest["key"]) == store[0].name == scenes[0][2]
+    make_proposals(scenes, "classical", tmp_path, scale=80, long_edge=256, shard=(0, 3))    # a default, named
+
+
+def test_opening_with_other_settings_is_refused(scenes, tmp_path, monkeypatch):
+    make_proposals(scenes, "instances", tmp_path, reduction=2)
+    assert len(ProposalStore(tmp_path)) == len(ProposalStore(tmp_path, scenes, "instances", 2, limit=400)) == 3
+    for arguments, says in ((dict(engine="classical"), "engine 'instances' .asked: 'classical'"), (dict(reduction=4), "reduction 2 .asked: 4"), (dict(engine="instances", limit=100), "limit 400 .asked: 100"),
+                            (dict(dataset=open_dataset("scenes", "night/train", count=2)), "images 3 .asked: 2"), (dict(dataset=open_dataset("scenes", "train", count=3)), "names ")):
+        with pytest.raises(ValueError, match=f"{says}.*another folder"):
+            ProposalStore(tmp_path, **arguments)
+    with pytest.raises(ValueError, match="name the engine"):
+        ProposalStore(tmp_path, scale=3)
+    with pytest.raises(ValueError, match="names .*another folder"):    # as many images, but others
+        make_proposals(open_dataset("scenes", "train", count=3), "instances", tmp_path, reduction=2)
+    (tmp_path / "manifest.json").write_text('{"format"')
+    for attempt in (lambda: ProposalStore(tmp_path), lambda: make_proposals(scenes, "instances", tmp_path, reduction=2)):
+        with pytest.raises(ValueError, match="manifest.json is not a manifest"):
+            attempt()
+
+
+def test_another_version_of_the_package_is_refused(scenes, tmp_path, monkeypatch):
+    import importlib.metadata
+    make_proposals(scenes, "classical", tmp_path, shard=(0, 3))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
+    with pytest.raises(ValueError, match="package 'scikit-image .*asked: 'scikit-image 99.0'"):
+        make_proposals(scenes, "classical", tmp_path)
+
+
+def test_a_file_made_with_other_options_is_named_and_made_again(scenes, tmp_path):
+    a, b = make_proposals(scenes, "classical", tmp_path / "a", shard=(0, 3)), make_proposals(scenes, "classical", tmp_path / "b", scale=200.0, shard=(0, 3))
+    assert a.manifest["key"] != b.manifest["key"] and not torch.equal(a[0].scores, b[0].scores)
+    wanted = a[0].scores.clone()
+    shutil.copy(tmp_path / "b" / "000000.safetensors", tmp_path / "a" / "000000.safetensors")
+    with pytest.raises(ValueError, match="000000.safetensors was made with other settings.*make_proposals again"):
+        a[0]
+    with pytest.warns(UserWarning, match="other settings.*again"):
+        make_proposals(scenes, "classical", tmp_path / "a", shard=(0, 3))
+    assert torch.equal(a[0].scores, wanted)
+
+
+def test_a_file_cut_by_one_byte_is_noticed_without_reading_it(scenes, tmp_path):
+    file = tmp_path / "a"
+    size = write_proposals(file, instances(scenes, 0, 2), "instances")
+    assert size == file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a readable"):
+        check_proposals(file)
+
+
+def test_shards_share_a_folder_and_nothing_else(scenes, tmp_path):
+    for k in (2, 0, 1):
+        make_proposals(scenes, "instances", tmp_path, reduction=2, shard=(k, 3))
+        assert (tmp_path / f"{k:06d}.safetensors").exists()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    for wrong in ((3, 3), (-1, 3), (0, 0)):
+        with pytest.raises(ValueError, match="shard"):
+            make_proposals(scenes, "instances", tmp_path, reduction=2, shard=wrong)
+
+
+def test_workers_make_what_one_process_makes(scenes, tmp_path):
+    store = make_proposals(scenes, "classical", tmp_path, reduction=2, processes=2)
+    for index in range(3):
+        alone = classical(scenes, index, 2)
+        assert torch.equal(store[index].bits, alone.bits) and torch.equal(store[index].scores, alone.scores) and store[index].name == scenes[index][2]
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(ValueError, match="function of a module"):
+        make_proposals(scenes, lambda dataset, index, reduction, limit: None, tmp_path / "x", processes=2)
+
+
+def slow(dataset, index, reduction, limit):
+    return instances(dataset, 0, reduction, limit)
+
+
+def test_says_what_it_will_cost_before_the_bulk_and_stops_at_a_full_disk(tmp_path, monkeypatch, capsys):
+    many = open_dataset("scenes", "night/train", count=12)
+    make_proposals(many, slow, tmp_path / "a", reduction=2, shard=(0, 3), progress=True)
+    make_proposals(many, slow, tmp_path / "a", reduction=2, progress=True)
+    said = capsys.readouterr().out.splitlines()
+    assert "proposals of 8 images (4 of 12 are there) by slow: " in said[-2] and "images/s in 1 process, about " in said[-2] and "of disk (" in said[-2] and "proposals: 8 images in " in said[-1]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="9 more images need about .*1.0 kB are free.*the 3 made so far stay"):
+        make_proposals(many, slow, tmp_path / "b", reduction=2)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 3
+    monkeypatch.undo()
+    make_proposals(many, slow, tmp_path / "b", reduction=2)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 12 and not capsys.readouterr().out    # silent unless asked
+
+
+def test_a_failing_image_stops_the_run_and_keeps_the_rest(tmp_path, scenes):
+    def failing(dataset, index, reduction, limit):
+        if index == 1:
+            raise RuntimeError("image 1 is bad")
+        return instances(dataset, index, reduction, limit)
+    with pytest.raises(RuntimeError, match="image 1 is bad"):
+        make_proposals(scenes, failing, tmp_path, reduction=2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["000000.safetensors", "manifest.json"]
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    "One shard as `python -m` runs it, the other through the function."
+    arguments = ["--dataset", "scenes", "--split", "night/train", "--dataset-options", "count=3", "--engine", "instances", "--reduction", "2", "--root", str(tmp_path / "store")]
+    monkeypatch.setattr(sys, "argv", ["proposals", *arguments, "--shard", "0/2"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # runpy: the module is already imported
+        runpy.run_module("reinpp.proposals", run_name="__main__", alter_sys=False)
+    assert "proposals: 2 images" in capsys.readouterr().out and len(list((tmp_path / "store").glob("*.safetensors"))) == 2
+    store = main([*arguments, "--shard", "1/2", "--no-labels"])
+    assert len(store) == 3 and len(store[1].masks) > 10 and store.manifest["reduction"] == 2
+    for extra, says in ((["--limit", "7"], "proposals: .*limit 400 .asked: 7"), (["--options", "scale=1"], "has no option 'scale'"), (["--shard", "2/2"], "numbered 0 to 1"),
+                        (["--split", "dawn/train"], "proposals: scenes: no split"), (["--dataset", "mars"], "no dataset 'mars'")):
+        with pytest.raises(SystemExit, match=says):
+            main([*arguments, *extra])
+    for extra in (["--shard", "2"], ["--options", "scale"], ["--engine", "sam9"]):
+        with pytest.raises(SystemExit, match="2"):    # argparse's own
+            main([*arguments, *extra])
+
+
+def test_command_line_takes_options_as_json(tmp_path):
+    store = main(["--dataset", "scenes", "--split", "train", "--dataset-options", "count=1", "size=[64,128]", "--engine", "classical", "--options", "scale=80.5", "--limit", "9", "--root", str(tmp_path)])
+    assert store.manifest["options"]["scale"] == 80.5 and store[0].image_size == (64, 128) and len(store[0].masks) == 9
 
 
 def test_memory_store_computes_once(scenes):
@@ -205,6 +334,57 @@ def test_warp_equals_doing_it_at_full_resolution(geometry, large):
         if area[-1] > 12 * edge:    # pixels per pixel of outline
             assert best >= 0.9, f"instance {value} of {area[-1]} px: IoU {best:.3f}"
     assert len(every) >= 8 and np.mean(every) >= 0.9 and np.average(every, weights=area) >= 0.95, sorted(zip(every, area))
+
+
+def ious(masks, full, wanted, least=1000):
+    "Best IoU with the masks, for every wanted mask over `least` pixels that is not thin: areas and values."
+    for pixels, cells in zip(full, wanted):
+        edge = (pixels[1:] != pixels[:-1]).sum() + (pixels[:, 1:] != pixels[:, :-1]).sum()
+        if pixels.sum() > max(least, 12 * edge):
+            yield max((((m & cells).sum() / (m | cells).sum()).item() for m in masks), default=0.0)
+
+
+@pytest.mark.parametrize("size, reduction, geometry", [
+    ((515, 1021), 4, Geometry((515, 1021), 3, 201, (512, 512), True)),
+    ((515, 1021), 4, Geometry((701, 1390), 189, 77, (512, 512), False)),
+    ((511, 1023), 4, Geometry((400, 801), 0, 289, (512, 512), True)),    # padding, beyond the last, cut cells
+    ((501, 999), 2, Geometry((333, 664), 0, 131, (256, 512), False)),
+    ((479, 641), 2, Geometry((642, 859), 130, 347, (512, 512), True)),
+])
+def test_warp_at_odd_sizes(size, reduction, geometry):
+    scene = open_dataset("scenes", "train", count=1, size=size)
+    ids, found = scene.instances(0).numpy(), instances(scene, 0, reduction)
+    assert found.masks.shape[1:] == (-(-size[0] // reduction), -(-size[1] // reduction))
+    pairs = [reference(ids, value, geometry) for value in np.unique(ids)]
+    values = list(ious(warp(found, geometry), *zip(*pairs)))
+    assert len(values) >= 3 and min(values) >= 0.9, values
+
+
+@pytest.fixture(scope="module")
+def two():
+    "Two scenes of an odd size: images with labels, instance maps, proposals."
+    scene = open_dataset("scenes", "train", count=2, size=(515, 1022))
+    return [scene[i][:2] for i in (0, 1)], [scene.instances(i).numpy() for i in (0, 1)], [instances(scene, i) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_class_mix_cuts_proposals_as_it_cuts_labels(seed, two):
+    "Real classes of one scene pasted onto another, each bent by its own resize, crop and flip; the reference does all of it on full-resolution masks."
+    torch.manual_seed(seed)
+    pairs, maps, stores = two
+    transform = TrainTransform(crop=512, base=512, min_class_pixels=None)
+    (_, label, g_source), (_, _, g_target) = (transform(*pair) for pair in pairs)
+    present = [c for c in label.unique().tolist() if c != 255]
+    pasted = torch.isin(label, torch.tensor(present[::2]))
+    masks = [warp(store, g) for store, g in zip(stores, (g_source, g_target))]
+    mixed = compose(*masks, pasted)
+    both = [mixed[:len(masks[0])], mixed[len(masks[0]):]]
+    assert not (both[0].any(0) & both[1].any(0)).any()    # no cell from both
+    values = []
+    for k, (geometry, region) in enumerate(((g_source, pasted), (g_target, ~pasted))):
+        full = [reference(maps[k], value, geometry)[0] & region for value in np.unique(maps[k])]
+        values += list(ious(both[k], full, [F.avg_pool2d(f[None].float(), 4)[0] >= 0.5 for f in full]))
+    assert len(values) >= 4 and np.mean(values) >= 0.95 and min(values) >= 0.85, values
 
 
 def test_warp_follows_the_transform_it_is_given():
