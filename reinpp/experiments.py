@@ -83,7 +83,7 @@ def open_domain(
     split, _, first = split.removesuffix("]").partition("[:")
     return open_dataset(name, split, root=data_root, labels=labels, **(dict(count=int(first)) if first else {}))
 
-# %% ../nbs/15_experiments.ipynb #e1a07ded
+# %% ../nbs/15_experiments.ipynb #2e185622
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "Settings shared by all runs of one size."
@@ -107,7 +107,7 @@ class Preset:
 _TINY_MODEL = dict(backbone="tiny", num_classes=19, image_size=128, adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
                    head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128, decoder_ffn=256))
 _TINY_DATA = dict(crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True, num_points=768)
-_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100, alpha=5.0, beta=0.1,
+_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100, alpha=1.5, beta=0.1,
                         stm=dict(from_head=True, decoder_layers=2))
 _NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head"
 
@@ -141,7 +141,7 @@ PRESETS = {
                 acdc=("acdc:train", "acdc:val"), darkzurich=("darkzurich:train", "darkzurich:val"), bdd=_PAPER_TARGETS["bdd"], map=_PAPER_TARGETS["map"]))}),
 }
 
-# %% ../nbs/15_experiments.ipynb #62a4f506
+# %% ../nbs/15_experiments.ipynb #62134728
 def plan(
     preset: str,  # a key of `PRESETS`
     method: str,  # one of `METHODS`
@@ -167,9 +167,11 @@ def plan(
     everywhere = tuple(([p.source_val] if p.source_val else []) + [e for _, e in p.targets.values()])
     domains = everywhere if method != "rein_a" else tuple(([p.source_val] if p.source_val else []) + [p.targets[target][1]])
     trained = model.get("adapter", "rein_g" if adapts else method)
+    training = cut(p.adapt_training if adapts else p.training)
+    if trained == "bitfit": training = training | dict(backbone_lr=training["lr"])  # its few parameters are the backbone's own
     return Experiment(
         method, p.source, p.targets[target][0] if method == "rein_a" else None, domains, seed,
-        _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False), cut(p.adapt_training if adapts else p.training),
+        _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False), training,
         p.adaptation | adaptation if method == "rein_a" else None, p.window, p.stride, p.size,
         start=plan(preset, trained, seed, limit_iterations=limit_iterations, setting=setting, model=model) if adapts else None)
 
