@@ -36,7 +36,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@$(ACTIVE) python .ci/unchanged.py
 	@$(ACTIVE) OMP_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --n_workers 2 --timing --file_re '^([0-9][0-9][a-z]?_|index[.])'
-	@$(ACTIVE) python -m pytest
+	@$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal --durations 15
 
 lab: $(INSTALLED)
 	@$(ACTIVE) jupyter lab

@@ -62,7 +62,7 @@ class _Seen:
         part.write_text(json.dumps(self.found))
         part.replace(self.path)
 
-# %% ../nbs/02b_check.ipynb #efeeddab
+# %% ../nbs/02b_check.ipynb #42fb5891
 KINDS = ("no partner", "unreadable", "rotated", "unknown value", "other size", "twice")
 
 
@@ -103,15 +103,16 @@ def _look_at(pairs, rotation, seen, workers, progress, title):
     return [fresh[i] if i in fresh else seen.found[str(pair[0])] for i, pair in enumerate(pairs)]
 
 
-def _row(name, split, expected, labelled, found, problems, policy, status=None):
+def _row(name, split, expected, labelled, found, problems, policy, status=None, size=None):
     sizes = Counter(tuple(f["size"]) for f in found if f["size"]).most_common()
     shown = ", ".join(f"{w}x{h}" + (f" ({n})" if len(sizes) > 1 else "") for (w, h), n in sizes[:3]) + (f", {len(sizes) - 3} more" if len(sizes) > 3 else "")
+    if size and sizes and sizes[0][0] != size: shown += " (published: {}x{})".format(*size)
     counts = Counter(kind for kind, *_ in problems)
     wrong = [kind for kind in counts if kind not in POLICIES[policy]]
     if expected is not None and len(found) != expected: wrong.insert(0, "incomplete" if len(found) < expected else "too many")
     return dict(dataset=name, split=split, images=len(found), published=expected, labels=labelled, sizes=shown) | {kind: counts[kind] for kind in KINDS} | dict(status=status or ", ".join(wrong) or "ok")
 
-# %% ../nbs/02b_check.ipynb #32009b95
+# %% ../nbs/02b_check.ipynb #2df5c8c5
 def check(
     what,  # a name of `DATASETS`, `name:split`, an opened `Dataset`, or a list of them
     root=None,  # as for `open_dataset`: the set's folder or one that holds it
@@ -175,7 +176,8 @@ def _judge(name, split, expected, pairs, found, problems, policy, first):
     for (path, *_), f in zip(pairs, found):
         problems += f["problems"]
         if f["digest"] and first.setdefault(f["digest"], str(path)) != str(path): problems.append(["twice", str(path), f"has the same content as {first[f['digest']]}"])
-    return _row(name, split, expected, sum(label is not None for _, label, _ in pairs), found, problems, policy), problems
+    size = getattr(DATASETS.get(name), "size", None)
+    return _row(name, split, expected, sum(label is not None for _, label, _ in pairs), found, problems, policy, size=size), problems
 
 # %% ../nbs/02b_check.ipynb #1594fcfd
 def main(arguments=None) -> int:

@@ -405,7 +405,7 @@ class OnDisk:
         reader = Files(images.values(), [marks[key][0] for key in images] if labels else None, [marks[key][1] for key in images] if labels else None, self.keep if keep is None else keep, rotation, folder)
         return Dataset(self.name, split, reader, self.evaluated, labels, self.classes, on_error, statistics or (folder if self.splits else None))
 
-# %% ../nbs/02_datasets.ipynb #9a0a89de
+# %% ../nbs/02_datasets.ipynb #443a5894
 class CamVid(OnDisk):
     def fits(self, folder): return True
 
@@ -414,7 +414,7 @@ class CamVid(OnDisk):
 
 class CityscapesC(OnDisk):
     "`<corruption>/<severity>/<city>/*_leftImg8bit.png`; labels are those of Cityscapes val, whose folder lies beside or under the checkout's `data/`."
-    def parts(self, folder): return {f"{c.name}/{s.name}": Part((f"{c.name}/{s.name}",), ("gtFine/val",), 500) for c in sorted(folder.iterdir()) if c.is_dir() and c.name != "gtFine" for s in sorted(c.iterdir()) if s.name in "12345"}
+    def parts(self, folder): return {f"{c.name}/{s.name}": Part((f"{c.name}/{s.name}",), ("gtFine/val",), 500) for c in sorted(folder.iterdir()) if c.is_dir() and c.name != "gtFine" for s in sorted(c.iterdir()) if s.name in tuple("12345")}
 
     def fits(self, folder): return bool(self.parts(folder))
 
@@ -525,7 +525,7 @@ def fold(
     text = ",".join(str(int(n)) for n in (seed, *numbers))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
-# %% ../nbs/02_datasets.ipynb #2b800e0b
+# %% ../nbs/02_datasets.ipynb #ec5e4d21
 class _Each(torch.utils.data.Dataset):
     def __init__(self, function, n): self.function, self.n = function, n
     def __len__(self): return self.n
@@ -570,7 +570,7 @@ def class_pixels(
     progress: bool | None = None,  # a bar; None: on a terminal only
 ) -> torch.Tensor:
     "How many pixels of each class each image has: int64 (len, K). Reads every label once: keep the result and hand it to `Sampler`. Labels that `on_error` leaves out count nothing."
-    if isinstance(dataset.reader, Scenes): workers = 0  # drawn scenes are kept by the process that draws them
+    if getattr(dataset.reader, "kept", None) is not None: workers = 0  # what is kept in memory is kept by the process that reads it
     return torch.from_numpy(np.stack(list(each(partial(_pixels, dataset), len(dataset), workers, progress, f"{dataset.name}/{dataset.split}: counting classes"))))
 
 

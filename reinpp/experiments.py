@@ -7,10 +7,11 @@ __all__ = ['METHODS', 'METHOD_VERSION', 'PRESETS', 'PAPER_NEEDS', 'Experiment', 
            'find_adapter', 'build', 'objective_of', 'run', 'commit', 'versions', 'missing_for_paper', 'choose_preset',
            'check_names', 'check_parameters', 'estimate', 'wanted', 'fill', 'schedule']
 
-# %% ../nbs/15_experiments.ipynb #8d365b64
+# %% ../nbs/15_experiments.ipynb #af6c51c5
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import platform
@@ -22,7 +23,7 @@ import torch
 
 from .datasets import DATASETS, Dataset, Sampler, concat, data_folder, open_dataset
 from .evaluate import evaluate, evaluate_set
-from .proposals import ENGINES, make_proposals
+from .proposals import make_proposals
 from .rein_a import ReinA
 from .segmenter import Segmenter, create_segmenter, read_adapter, write_atomically
 from .stm import STM
@@ -338,7 +339,7 @@ def _locked(folder: Path):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/15_experiments.ipynb #03ed0aba
+# %% ../nbs/15_experiments.ipynb #2381992b
 PAPER_NEEDS = {  # what Table IX's first setting takes: folder -> where to get it
     "gtav": "https://download.visinf.tu-darmstadt.de/data/from_games/ (images/ and labels/)",
     "cityscapes": "https://www.cityscapes-dataset.com (leftImg8bit/ and gtFine/)",
@@ -350,10 +351,14 @@ def missing_for_paper(data_root: str | Path | None = None) -> list[str]:
     root = Path(data_root) if data_root else data_folder()
     lacks = [] if torch.cuda.is_available() else ["no NVIDIA GPU is visible to torch: DINOv2-L at batch 4 wants one with 16 GB or more"]
     shown = lambda path: path.relative_to(data_folder().parent) if path.is_relative_to(data_folder().parent) else path
-    lacks += [f"no dataset {name} in {shown(root / name)}: get it from {where} and unpack it there, or name the folder that holds it with -p data_root" for name, where in PAPER_NEEDS.items() if not (root / name).is_dir()]
-    lacks += [f"this version has no reader for {name} yet" for name in PAPER_NEEDS if name not in DATASETS]
-    if "sam2" not in ENGINES: lacks.append("this version has no SAM 2 proposal engine yet")
+    lacks += [f"no dataset {name} in {shown(root / name)}: get it from {where} and unpack it there, or name the folder that holds it with -p data_root" for name, where in PAPER_NEEDS.items() if not _is_there(name, data_root)]
+    if importlib.util.find_spec("sam2") is None: lacks.append("the package sam2 is not installed (see extras.txt)")
     return lacks
+
+
+def _is_there(name, data_root):
+    try: return bool(DATASETS[name].find(data_root))
+    except (FileNotFoundError, ValueError): return False
 
 
 def choose_preset(

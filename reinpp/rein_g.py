@@ -61,7 +61,13 @@ def own_precision(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     "`x` in an adapter's precision, which may be float32 beside a backbone held in bfloat16; under autocast, which decides by itself, `x` as it is."
     return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
 
-# %% ../nbs/05_rein_g.ipynb #2308c1ae
+# %% ../nbs/05_rein_g.ipynb #91523971
+def _count_step(*_): Memory.steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class Memory:
     """What was computed from parameters, for as long as these are the same.
 
@@ -102,12 +108,6 @@ class Memory:
     def __deepcopy__(self, memo): return Memory()
 
     def __reduce__(self): return Memory, ()
-
-
-def _count_step(*_): Memory.steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 # %% ../nbs/05_rein_g.ipynb #bcf0d88c
 class ReinG(Adapter):

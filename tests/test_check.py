@@ -37,7 +37,7 @@ def look_at(city, **options): return check("cityscapes", city.parent, **dict(pub
 def test_a_whole_set(city):
     report = look_at(city)
     assert report.ok and report.problems.empty and report.table.split.tolist() == ["train", "val", "test"]
-    assert report.table.images.tolist() == [4, 2, 2] and report.table.labels.tolist() == [4, 2, 0] and set(report.table.sizes) == {"10x8"} and set(report.table.status) == {"ok"}
+    assert report.table.images.tolist() == [4, 2, 2] and report.table.labels.tolist() == [4, 2, 0] and set(report.table.sizes) == {"10x8 (published: 2048x1024)"} and set(report.table.status) == {"ok"}
     assert "train" in str(report) and "<table" in report._repr_html_()
 
 

@@ -10,7 +10,7 @@ from reinpp.datasets import fold, open_dataset
 from reinpp.losses import mask_classification_loss, paired_loss, targets_from_labels
 from reinpp.mask2former import HeadOutput, semantic_scores
 from reinpp.proposals import ProposalStore, pad, unpack
-from reinpp.rein_a import (Collapse, CollapseGuard, ReinA, draw_views, hide_blocks, mix_images, pseudo_label, run_teacher, start_teacher, stm_label,
+from reinpp.rein_a import (Collapse, CollapseGuard, ReinA, agreement, draw_views, hide_blocks, mix_images, pseudo_label, run_teacher, start_teacher, stm_label,
                            stm_mask_loss, update_teacher)
 from reinpp.segmenter import create_segmenter
 from reinpp.stm import STM
@@ -440,7 +440,8 @@ TERMS = {"src", "mix", "mask", "stm_src", "stm_mix", "stm_mask"}
 ])
 def test_every_branch_can_be_switched_off(data, options, missing):
     (log,) = train(objective(data, **options), 1)
-    assert log.keys() == (TERMS - missing) | {"total", "q", "above_tau", "largest_class"}
+    watched = {"q", "above_tau", "largest_class"} | ({"agreement"} if options.get("use_mix", True) else set())
+    assert {name for name in log if not name.startswith("share_")} == (TERMS - missing) | {"total"} | watched
     assert log["total"] == pytest.approx(sum(log[name] for name in TERMS - missing), rel=1e-5)
 
 
@@ -518,6 +519,90 @@ def test_bf16_autocast_stays_finite(data):
     (log,) = train(r, 1)
     assert all(v == v and abs(v) != float("inf") for v in log.values())
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in (q for _, q in r.named_trainables()) if p.grad is not None)
+
+
+# ---- what is watched ----------------------------------------------------------------------------------------------------------------------------------
+
+def test_agreement_is_counted_on_the_targets_pixels_only():
+    scores = torch.zeros(1, 3, 8, 8)
+    scores[:, 1, :4], scores[:, 2, 4:] = 1, 1
+    label = torch.ones(1, 32, 32, dtype=torch.int64)
+    where = torch.zeros(1, 32, 32, dtype=torch.bool)
+    assert agreement(scores, label, where) == 0    # nothing to see
+    where[:, 8:24] = True    # eight rows of each half
+    assert agreement(scores, label, where) == 0.5
+    label[:, :8] = 2    # outside: makes no difference
+    assert agreement(scores, label, where) == 0.5
+
+
+def test_pseudo_labels_are_counted_by_class(data, monkeypatch):
+    r = objective(data, stm=False)
+    batch = batch_of(r)
+    batch["target_inside"][:, 40:] = False
+    seen = {}
+    real = module.pseudo_label
+    monkeypatch.setattr(module, "pseudo_label", lambda *a: seen.update(pseudo=real(*a)) or seen["pseudo"])
+    terms = r.step(batch, 0)
+    shares = torch.stack([terms[f"share_{name.replace(' ', '_')}"] for name in r.source.classes])
+    counts = torch.bincount(seen["pseudo"].label[batch["target_inside"]], minlength=19)
+    assert torch.allclose(shares, counts / counts.sum(), atol=1e-6) and shares.max() == terms["largest_class"]
+    assert 0 <= terms["agreement"] <= 1
+
+
+# ---- options beyond the paper -------------------------------------------------------------------------------------------------------------------------
+
+def first_step(data, **options):
+    r = objective(data, stm=False, **options)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        r.segmenter.adapter.merge.weight.normal_()    # so that masks are neither all on nor all off
+        r.segmenter.head.decoder.class_head.weight.normal_()
+    r.teacher = start_teacher(r.segmenter)
+    batch = batch_of(r)
+    torch.manual_seed(12)
+    return r, batch, r.step(batch, 0)
+
+
+def test_mirrored_teacher(data, monkeypatch):
+    seen = []
+    real = module.pseudo_label
+    monkeypatch.setattr(module, "pseudo_label", lambda *a: seen.append(a[0]) or real(*a))
+    r, batch, _ = first_step(data, teacher_flip=True)
+    with torch.no_grad():
+        one, other = (semantic_scores(o.class_logits[-1], o.mask_logits[-1]) for _, o in (run_teacher(r.segmenter, r.teacher, x) for x in (batch["target"], batch["target"].flip(-1))))
+    assert torch.allclose(seen[0], (one + other.flip(-1)) / 2, atol=1e-5) and not torch.allclose(seen[0], one, atol=1e-4)
+
+
+def test_soft_masks_have_the_teachers_probabilities(data, monkeypatch):
+    "Trap: noise that shifts the masks. Over many draws the share of hits is the sigmoid."
+    seen = {}
+    real = module.paired_loss
+    monkeypatch.setattr(module, "paired_loss", lambda *a: seen.update(args=a) or real(*a))
+    r, *_ = first_step(data, soft_masks=True)
+    output, p_t, _, inside = seen["args"]
+    logits = torch.tensor([-3.0, -1.0, 0.0, 0.5, 2.0]).view(1, 1, 5, 1).expand(1, 1, 5, 20000)
+    monkeypatch.setattr(module, "paired_loss", lambda o, p, m, v: dict(total=(m > 0).float().mean(-1)))
+    hits = r._mask_loss(output, p_t, logits, inside, None).flatten()
+    assert torch.allclose(hits, logits[0, 0, :, 0].sigmoid(), atol=0.02)
+
+
+def test_q_weighs_the_mask_branch_image_by_image(data, monkeypatch):
+    seen = {}
+    real = module.ReinA._mask_loss
+    monkeypatch.setattr(module.ReinA, "_mask_loss", lambda self, *a: seen.update(args=a) or real(self, *a))
+    r, batch, terms = first_step(data, q_on_mask=True)
+    output, p_t, m_t, inside, q = seen["args"]
+    each = [paired_loss(HeadOutput([c[i:i + 1] for c in output.class_logits], [m[i:i + 1] for m in output.mask_logits]), p_t[i:i + 1], m_t[i:i + 1], inside[i:i + 1])["total"] for i in range(2)]
+    assert terms["mask"] == pytest.approx(((q[0] * each[0] + q[1] * each[1]) / 2).item(), rel=1e-4)
+    assert r._mask_loss(output, p_t, m_t, inside, torch.zeros(2)).item() == 0
+
+
+def test_a_head_that_labels_pixels_is_refused(data):
+    source, target, _ = data
+    segmenter = create_segmenter("tiny", "freeze", "semantic_fpn", image_size=64, pretrained=False)
+    with pytest.raises(ValueError, match="semantic_fpn.*mask2former") as error:
+        ReinA(segmenter, source, target, TrainTransform(crop=64, base=64))
+    assert "\n" not in str(error.value)
 
 
 # ---- the guard ----------------------------------------------------------------------------------------------------------------------------------------
