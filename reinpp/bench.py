@@ -408,7 +408,7 @@ class Job:
         loss.backward()
         return loss.detach()
 
-# %% ../nbs/16b_bench.ipynb #fc089b54
+# %% ../nbs/16b_bench.ipynb #d8e413be
 PARTS = ("backbone", "rein_g", "head", "matching", "loss", "stm", "scores", "optimizer", "other")
 
 
@@ -462,8 +462,8 @@ def dissect(job: Job, clock: Clock):
         def enter(m, args):
             maps, rest = args[0], args[1:]
             one = isinstance(maps, torch.Tensor)
+            if name == "head" and rest and rest[0] is not None: rest = (*mark(name, "rein_g", rest[:1]), *rest[1:])  # first, so that its gradient comes last
             maps = mark(name, before, [maps] if one else maps)
-            if name == "head" and rest and rest[0] is not None: rest = (*mark(name, before, rest[:1]), *rest[1:])
             return (maps[0] if one else list(maps), *rest)
 
         def leave(m, args, out):
@@ -732,7 +732,7 @@ def measure_levers(device: torch.device, sizes: Sizes = Sizes()) -> list[dict]:
         found.append(record)
     return found
 
-# %% ../nbs/16b_bench.ipynb #66c9160d
+# %% ../nbs/16b_bench.ipynb #843376fe
 def data_seconds(row: Row, repeats: int = 5) -> float | None:
     "Seconds to augment one batch in one process, from images in memory (128 x 256 for the small presets, 1052 x 1914 for the paper's): reading a file is not in it. None for rows without data."
     if row.what in ("head", "inference"): return None
@@ -808,7 +808,7 @@ def bench(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     made_by, records, random = commit(), [], torch.random.get_rng_state()
     try:
-        for name in rows or known:
+        for name in known if rows is None else rows:
             found = measure(name, known[name], device, steps, warmup, reference)
             records += found
             for r in found: print(f"{name}: " + (f"skipped, {r['skipped']}" if "skipped" in r else f"{r['path']} {r['precision']} {r['seconds']:.3f} s a step"), flush=True)

@@ -74,7 +74,7 @@ def finished(folders):
 def test_through_papermill_a_misspelt_parameter_is_refused(tmp_path):
     done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "adapt.ipynb"), str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "iteration", "2"],
                           capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert done.returncode != 0 and "unknown parameter iteration: this notebook takes source target" in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0 and "unknown parameter iteration: this notebook takes source, target" in done.stderr, done.stderr[-2000:]
 
 
 def test_everything_comes_out(finished):
