@@ -502,11 +502,13 @@ def dissect(job: Job, clock: Clock):
         for owner, name, was, own in reversed(patched): setattr(owner, name, was) if own else delattr(owner, name)
 
 
-def shares(job: Job) -> dict:
-    "Fractions of a step's time by part, of one step."
-    clock = Clock(job.device)
-    with dissect(job, clock): job.run(clock.switch)
-    spent = clock.seconds()
+def shares(job: Job, steps: int = 3) -> dict:
+    "Fractions of a step's time by part, over a few steps."
+    spent = dict.fromkeys(PARTS, 0.0)
+    for _ in range(steps):
+        clock = Clock(job.device)
+        with dissect(job, clock): job.run(clock.switch)
+        for part, seconds in clock.seconds().items(): spent[part] += seconds
     return {part: s / sum(spent.values()) for part, s in spent.items() if s}
 
 # %% ../nbs/16b_bench.ipynb #c077f00d

@@ -151,6 +151,7 @@ def plan(
     limit_iterations: int | None = None,  # cut every training to so many iterations: other runs, other records
     adapt_iterations: int | None = None,  # cut the adaptation (and its control) only; the source model is trained in full
     setting: str | None = None,  # another source, a key of the preset's `settings`
+    augment: str | None = None,  # "pasta" or "advstyle": a further augmentation of the source
     model: dict = {},  # changes to the preset's arguments of `create_segmenter`, e.g. dict(adapter_args=dict(rank=4)); for the source model too
     **adaptation,  # changes to the preset's adaptation settings
 ) -> Experiment:
@@ -172,9 +173,9 @@ def plan(
     if trained == "bitfit": training = training | dict(backbone_lr=training["lr"])  # its few parameters are the backbone's own
     return Experiment(
         method, p.source, p.targets[target][0] if method == "rein_a" else None, domains, seed,
-        _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False), training,
+        _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False) | (dict(augment=augment) if augment else {}), training,
         p.adaptation | adaptation if method == "rein_a" else None, p.window, p.stride, p.size,
-        start=plan(preset, trained, seed, limit_iterations=limit_iterations, setting=setting, model=model) if adapts else None)
+        start=plan(preset, trained, seed, limit_iterations=limit_iterations, setting=setting, augment=augment, model=model) if adapts else None)
 
 
 def _model_of(p: Preset, adapter: str, changes: dict) -> dict:
@@ -255,7 +256,7 @@ def objective_of(
                                fill=tuple(segmenter.mean.flatten().tolist()))
     if experiment.method != "rein_a":
         sampler = Sampler(source, rcs=d["rcs"], min_pixels=d["min_class_pixels"])
-        return Generalize(segmenter, source, transform, sampler, d["num_points"])
+        return Generalize(segmenter, source, transform, sampler, d["num_points"], augment=d.get("augment"))
     a = dict(experiment.adaptation)
     engine, reduction, stm = a.pop("engine"), a.pop("reduction"), a.pop("stm")
     target = open_domain(experiment.target, data_root, labels=False)

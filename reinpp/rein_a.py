@@ -289,8 +289,8 @@ class ReinA:
         x_t, padding, geometry_t = self.target_transform(target)
         sample = dict(source=x_s, source_label=y_s, target=x_t, target_inside=padding != IGNORE)
         if self.stm is not None:
-            sample["source_masks"] = self._proposals(self.stores[0], index, geometry_s, image)
-            sample["target_masks"] = self._proposals(self.stores[1], other, geometry_t, target)
+            sample["source_masks"] = self._proposals(self.stores[0], _read(self.source, index), geometry_s, image)
+            sample["target_masks"] = self._proposals(self.stores[1], _read(self.target, other), geometry_t, target)
         return sample
 
     def step(self, batch: dict, iteration: int) -> dict:
@@ -461,6 +461,11 @@ def _images(output, pick):
     return HeadOutput([c[pick] for c in output.class_logits], [m[pick] for m in output.mask_logits], None if output.padding is None else output.padding[pick])
 
 
+def _read(dataset, index):
+    "The number of the image that was really read: another one's where a dataset leaves bad files out."
+    return dataset.actual(index) if hasattr(dataset, "actual") else index
+
+
 def _scores(output):
     "Semantic scores of the last prediction."
     return semantic_scores(output.class_logits[-1], output.mask_logits[-1], output.padding)
@@ -479,11 +484,11 @@ def draw_views(
     for i, row in enumerate(axes):
         faint = 0.4 + 0.6 * views["sure"][i].numpy()[..., None]
         pictures = {
-            "target": views["target"][i].permute(1, 2, 0).numpy(),
+            "target": views["target"][i].clamp(0, 1).permute(1, 2, 0).numpy(),
             f"pseudo label, q {views['q'][i]:.2f}": (colorize(views["pseudo"][i].numpy()) * faint).astype("uint8"),
-            "mixed": views["mixed"][i].permute(1, 2, 0).numpy(),
+            "mixed": views["mixed"][i].clamp(0, 1).permute(1, 2, 0).numpy(),
             "its label": colorize(views["mixed_label"][i].numpy()),
-            "masked": views["masked"][i].permute(1, 2, 0).numpy(),
+            "masked": views["masked"][i].clamp(0, 1).permute(1, 2, 0).numpy(),
         }
         if "stm" in views:
             pictures["STM"] = colorize(views["stm"][i].numpy())

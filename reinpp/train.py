@@ -118,7 +118,7 @@ class Generalize:
             for n, t in own.items(): t.copy_(state[n])
 
 # %% ../nbs/13_train.ipynb #082265b2
-NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "tokens_a", "tokens_b", "full_tokens", "adapter.scale")
+NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "prompts", "tokens_a", "tokens_b", "full_tokens", "adapter.scale")
 
 
 def parameter_groups(
