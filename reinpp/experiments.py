@@ -142,7 +142,7 @@ PRESETS = {
                 acdc=("acdc:train", "acdc:val"), darkzurich=("darkzurich:train", "darkzurich:val"), bdd=_PAPER_TARGETS["bdd"], map=_PAPER_TARGETS["map"]))}),
 }
 
-# %% ../nbs/15_experiments.ipynb #62134728
+# %% ../nbs/15_experiments.ipynb #79cc61f5
 def plan(
     preset: str,  # a key of `PRESETS`
     method: str,  # one of `METHODS`
@@ -219,7 +219,7 @@ def _without_nan(value):
     if isinstance(value, (list, tuple)): return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
-# %% ../nbs/15_experiments.ipynb #df31626b
+# %% ../nbs/15_experiments.ipynb #452db7a2
 def find_adapter(
     experiment: Experiment,
     runs: Path,  # folder of runs

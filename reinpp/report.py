@@ -136,7 +136,7 @@ def paper_table(number: int) -> pd.DataFrame:
     if not file.exists(): raise FileNotFoundError(f"{file}: Table {number} is not in data/paper; there are {', '.join(sorted(f.stem for f in file.parent.glob('*.csv')))}")
     return pd.read_csv(file, keep_default_na=False)
 
-# %% ../nbs/16_report.ipynb #b7a43bd7
+# %% ../nbs/16_report.ipynb #4df091b6
 def above(
     better: list[dict],  # records of one method over seeds
     other: list[dict],  # of another
@@ -163,12 +163,20 @@ def verdicts(
     for target, (_, domain) in PRESETS[preset].targets.items():
         look = lambda name: found(preset, rows[name], target, ledger, short_iterations, limit_iterations)
         for other in others:
-            mean, spread, count = above(look(label), look(other), domain)
+            ours, theirs = look(label), look(other)
+            mean, spread, count = above(ours, theirs, domain)
             start = f"{target}: {label} against {other}: "
-            if not count: lines.append(start + "not run")
+            if count and not _as_long(ours[0], theirs[0]): lines.append(start + "runs of different length, not compared")
+            elif not count: lines.append(start + "not run")
             elif count == 1: lines.append(start + f"{100 * mean:+.1f} mIoU on one seed, so nothing can be said about the spread")
             else: lines.append(start + f"{100 * mean:+.1f} ± {100 * spread:.1f} mIoU over {count} seeds: " + ("above by more than the spread" if mean > spread else "NOT above by more than the spread"))
     return lines
+
+
+def _as_long(a, b):
+    "Two adaptations, or two source models, are compared only when they ran for as many iterations; what was adapted may be compared with its source."
+    adapts = lambda r: r["config"]["start"] is not None
+    return adapts(a) != adapts(b) or a["config"]["training"]["iterations"] == b["config"]["training"]["iterations"]
 
 
 def footer(records: list[dict]) -> str:

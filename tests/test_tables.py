@@ -15,9 +15,9 @@ OF_GENERALIZATION = [f"table{n}" for n in range(1, 9)] + ["fig1", "fig2", "fig6"
 
 
 def code_cells(name):
-    "Source and tags of every code cell."
+    "Source, without IPython's `%` lines, and tags of every code cell."
     cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"]
-    return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == "code"]
+    return [(re.sub(r"(?m)^%.*$", "", "".join(c["source"])), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == "code"]
 
 
 def defaults(name):
@@ -73,6 +73,13 @@ def test_it_shows_the_ledger(name, tmp_path, capsys):
     assert "1.6 M parameter backbone" in said, "what the small preset is"
     assert "not run: needs the" in text and "paper" in text and "ours" in text
     if name.startswith("fig"): assert all((tmp_path / f"{name}.{ending}").stat().st_size > 5000 for ending in ("svg", "png"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_GENERALIZATION])
+def test_it_opens(name):
+    wanted = dict(preset="tiny", run_missing=False, models=["dinov2_large"]) | (dict(backbone="tiny", image_size=128) if name == "fig3" else {})
+    shown, _ = run(name, **{k: v for k, v in wanted.items() if k in defaults(name)})
+    assert shown or name.startswith("fig")
 
 
 @pytest.mark.parametrize("name", ["table2", "table5", "table7", "table8", "fig2", "fig6"])
@@ -147,7 +154,7 @@ def few_scenes(tmp_path, monkeypatch):
     return dict(results=str(tmp_path / "results"), run_missing=True, limit_iterations=2)
 
 
-@pytest.mark.parametrize("name, rows", [("table3", ["Rein-G", "LoRA", "BitFit"]), ("table5", ["+ Rein-core", "+ Rein-link"]), ("table8", ["8 tokens"]), ("fig6", ["Freeze, semantic_fpn", "Rein-G, semantic_fpn"])])
+@pytest.mark.parametrize("name, rows", [("table3", ["Rein-G", "LoRA"]), ("table5", ["+ Rein-core", "+ Rein-link"]), ("table8", ["8 tokens"]), ("fig6", ["Freeze, semantic_fpn", "Rein-G, semantic_fpn"])])
 def test_it_makes_what_is_missing(name, rows, few_scenes, tmp_path, capsys):
     shown, _ = run(name, **quiet(tmp_path, name, rows=rows, **few_scenes))
     said = capsys.readouterr().out
@@ -155,7 +162,7 @@ def test_it_makes_what_is_missing(name, rows, few_scenes, tmp_path, capsys):
     table = next(v for v in shown if "status" in getattr(v, "columns", []) or hasattr(v, "data"))
     table = getattr(table, "data", table)
     assert list(table.index[table.status == "measured"]) == [label for label in table.index if label in rows]
-    run(name, **quiet(tmp_path, name, rows=rows, **few_scenes))
+    run(name, cells=3, **quiet(tmp_path, name, rows=rows, **few_scenes))
     assert f"{len(rows)} runs wanted, 0 not in the ledger" in capsys.readouterr().out, "nothing is run twice"
 
 
