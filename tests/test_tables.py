@@ -67,7 +67,7 @@ def test_the_same_parameters_everywhere(name):
 
 @pytest.mark.parametrize("name", OF_GENERALIZATION)
 def test_it_shows_the_ledger(name, tmp_path, capsys):
-    shown, _ = run(name, **quiet(tmp_path, name))
+    shown, _ = run(name, **quiet(tmp_path, name, **(dict(images=1) if name == "table4" else {})))
     said = capsys.readouterr().out
     text = said + "\n".join(v.to_string() for v in shown if hasattr(v, "to_string"))
     assert "1.6 M parameter backbone" in said, "what the small preset is"
@@ -82,7 +82,7 @@ def test_it_opens(name):
     assert shown or name.startswith("fig")
 
 
-@pytest.mark.parametrize("name", ["table2", "table5", "table7", "table8", "fig2", "fig6"])
+@pytest.mark.parametrize("name", ["table2", "table8", "fig2"])
 def test_from_an_empty_ledger(name, tmp_path, capsys):
     run(name, **quiet(tmp_path, name, results=str(tmp_path / "empty")))
     assert "no records" in capsys.readouterr().out
@@ -154,7 +154,7 @@ def few_scenes(tmp_path, monkeypatch):
     return dict(results=str(tmp_path / "results"), run_missing=True, limit_iterations=2)
 
 
-@pytest.mark.parametrize("name, rows", [("table3", ["Rein-G", "LoRA"]), ("table5", ["+ Rein-core", "+ Rein-link"]), ("table8", ["8 tokens"]), ("fig6", ["Freeze, semantic_fpn", "Rein-G, semantic_fpn"])])
+@pytest.mark.parametrize("name, rows", [("table3", ["LoRA", "Freeze + PASTA"]), ("table5", ["+ Rein-core"]), ("fig6", ["Rein-G, semantic_fpn"])])
 def test_it_makes_what_is_missing(name, rows, few_scenes, tmp_path, capsys):
     shown, _ = run(name, **quiet(tmp_path, name, rows=rows, **few_scenes))
     said = capsys.readouterr().out
