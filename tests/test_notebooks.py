@@ -56,3 +56,10 @@ def test_pretrain_tiny_in_small(tmp_path):
 
     from reinpp.backbones import create_backbone
     assert load_file(tmp_path / "tiny.safetensors").keys() == create_backbone("tiny").state_dict().keys()
+
+
+def test_reproduce_plans_everything(tmp_path):
+    done = papermill("reproduce", tmp_path / "out.ipynb", "-p", "preset", "tiny", "-p", "measure", "False")
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "out.ipynb").read_text()
+    assert all(name in text for name in ("table1", "table13", "fig6")), "every page is planned"
