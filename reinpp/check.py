@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from .datasets import DATASETS, POLICIES, BadFile, Concat, Dataset, Files, Member, OnDisk, data_folder, each, list_files, read_bytes, read_image, read_label
+from .datasets import DATASETS, POLICIES, BadFile, Concat, Dataset, Files, Member, OnDisk, data_folder, each, list_files, read_bytes, read_image, read_label, write_atomically
 
 # %% ../nbs/02b_check.ipynb #13c4a9ea
 def look(
@@ -57,10 +57,7 @@ class _Seen:
 
     def save(self):
         if self.path is None: return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(self.found))
-        part.replace(self.path)
+        write_atomically(self.path, json.dumps(self.found).encode())
 
 # %% ../nbs/02b_check.ipynb #42fb5891
 KINDS = ("no partner", "unreadable", "rotated", "unknown value", "other size", "twice")

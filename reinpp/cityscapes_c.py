@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .datasets import write_atomically
+
 # %% ../nbs/14c_cityscapes_c.ipynb #af199f43
 CORRUPTION_GROUPS = {
     "blur": ("motion_blur", "defocus_blur", "glass_blur", "gaussian_blur"),
@@ -107,13 +109,6 @@ def _made_with(seed):
     return dict(seed=seed) | {p: version(p) for p in ("imagecorruptions", "numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow")}
 
 
-def _write(path, data):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def _make(job):
     "Make one file: (name, sha256, bytes, seconds)."
     from PIL import Image
@@ -124,7 +119,7 @@ def _make(job):
     buffer = io.BytesIO()
     Image.fromarray(corrupt(image, corruption, severity, file_seed(name, corruption, severity, seed))).save(buffer, "PNG")
     path = f"{corruption}/{severity}/{Path(name).with_suffix('.png').as_posix()}"
-    _write(Path(out) / path, buffer.getvalue())
+    write_atomically(Path(out) / path, buffer.getvalue())
     return path, hashlib.sha256(buffer.getvalue()).hexdigest(), buffer.tell(), time.perf_counter() - start
 
 
@@ -162,7 +157,7 @@ def make_cityscapes_c(
         raise ValueError(f"{out} was made with {key} {old.get(key)}, now it would be {settings[key]}: pixels may differ. Use the same, or another folder")
     out.mkdir(parents=True, exist_ok=True)
     for left in out.rglob(".*.tmp"): left.unlink()  # of a process that was killed
-    _write(note, (json.dumps(settings, indent=1) + "\n").encode())
+    write_atomically(note, (json.dumps(settings, indent=1) + "\n").encode())
 
     jobs = [(str(source), str(out), name, c, s, seed) for c in corruptions for s in severities for name in names]
     target = lambda job: out / job[3] / str(job[4]) / Path(job[2]).with_suffix(".png")
@@ -202,7 +197,7 @@ def _complete_manifest(out):
     "Sorted, one whole line for each file that is there; a line that was lost with a killed process is made from its file."
     hashes, found = read_manifest(out), sorted(p.relative_to(out).as_posix() for p in out.rglob("*.png"))
     lines = [f"{hashes.get(p) or hashlib.sha256((out / p).read_bytes()).hexdigest()}  {p}\n" for p in sorted({*hashes, *found})]
-    _write(out / "SHA256SUMS", "".join(lines).encode())
+    write_atomically(out / "SHA256SUMS", "".join(lines).encode())
 
 
 def _run(jobs, workers):

@@ -6,11 +6,11 @@
 __all__ = ['POLICIES', 'IMAGE_SUFFIXES', 'LABEL_SUFFIXES', 'ROTATIONS', 'DATASETS', 'STATISTICS', 'BadFile', 'Dataset', 'Scenes',
            'open_scenes', 'Member', 'read_bytes', 'read_image', 'LabelForm', 'read_label', 'Files', 'list_files',
            'data_folder', 'Part', 'Listing', 'OnDisk', 'CamVid', 'CityscapesC', 'open_folder', 'open_dataset', 'Concat',
-           'concat', 'fold', 'each', 'class_pixels', 'class_frequencies', 'rare_class_probabilities',
-           'write_statistics', 'read_statistics', 'class_statistics', 'Sampler']
+           'concat', 'fold', 'each', 'class_pixels', 'class_frequencies', 'rare_class_probabilities', 'write_together',
+           'write_atomically', 'write_statistics', 'read_statistics', 'class_statistics', 'Sampler']
 
 # %% ../nbs/02_datasets.ipynb #db9417b1
-import bisect, hashlib, io, json, os, re, struct, warnings, zipfile, zlib
+import bisect, hashlib, io, json, os, re, struct, uuid, warnings, zipfile, zlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -587,6 +587,28 @@ def rare_class_probabilities(
     logits = (1 - frequencies.double()) / temperature
     return logits.masked_fill(frequencies == 0, -torch.inf).softmax(0)
 
+# %% ../nbs/02_datasets.ipynb #166e74c1
+def write_together(
+    files: dict,  # path -> bytes
+) -> None:
+    "Write files that are there whole or not at all: all are written aside first (`.<name>.<random>.tmp`, other machines may write here, too), and then take their places. Folders are made."
+    aside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in map(Path, files)}
+    try:
+        for path, temporary in aside.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as f:
+                f.write(files[path])
+                f.flush()
+                os.fsync(f.fileno())
+        for path, temporary in aside.items(): os.replace(temporary, path)
+    finally:
+        for temporary in aside.values(): temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    "Write one file, whole or not at all."
+    write_together({Path(path): data})
+
 # %% ../nbs/02_datasets.ipynb #464fd64e
 STATISTICS = "sample_class_stats.json", "sample_class_stats_dict.json", "samples_with_class.json"
 
@@ -610,11 +632,8 @@ def write_statistics(
     with_class = {}
     for row, path in entries:
         for c, n in row.items(): with_class.setdefault(c, []).append([path, n])
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in zip(STATISTICS, ([row | {"file": path} for row, path in entries], {path: row for row, path in entries}, with_class)):
-        part = Path(folder) / f".{name}.{os.getpid()}"  # whole or not at all
-        part.write_text(json.dumps(content, indent=2))
-        part.replace(Path(folder) / name)
+    contents = [row | {"file": path} for row, path in entries], {path: row for row, path in entries}, with_class
+    write_together({Path(folder) / name: json.dumps(content, indent=2).encode() for name, content in zip(STATISTICS, contents)})
 
 
 def read_statistics(

@@ -15,9 +15,8 @@ import torch
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 
-from .datasets import Dataset, open_dataset
+from .datasets import Dataset, open_dataset, write_atomically
 from .labels import CLASSES, IGNORE, PALETTE, overlay
-from .segmenter import write_atomically
 from .transforms import resize_image, short_edge_size
 
 # %% ../nbs/14_evaluate.ipynb #0297c29e
@@ -111,10 +110,11 @@ def evaluate(
 ) -> dict:
     """`iou` {class name: float}, NaN for classes that are absent or that the set does not label; `miou` over the others; `pixel_accuracy`; `images`; `confusion` (K, K) as a list, rows = truth.
 
-    Figures are fractions in [0, 1]. ValueError for a dataset without labels or of another number of classes."""
+    Figures are fractions in [0, 1]. ValueError for a dataset without labels, of another number of classes, or that leaves bad files out (`on_error`): their stand-ins would be counted twice."""
     from torchmetrics.classification import MulticlassConfusionMatrix
     what, K = f"{dataset.name}/{dataset.split}", segmenter.num_classes
     if not dataset.labelled: raise ValueError(f"evaluate: {what} was opened without labels; open it with labels=True")
+    if dataset.on_error != "stop": raise ValueError(f"evaluate: {what} was opened with on_error={dataset.on_error!r}, which puts other images in the place of bad ones; open it with on_error='stop' (python -m reinpp.check lists what is bad)")
     if K != len(dataset.classes): raise ValueError(f"evaluate: the segmenter has {K} classes and {what} has {len(dataset.classes)}; they must be the same")
     if device is None: device = next((p.device for p in segmenter.parameters()), "cpu")
     confusion = MulticlassConfusionMatrix(K, ignore_index=IGNORE, validate_args=False).to(device)
@@ -206,8 +206,8 @@ def evaluate_set(
 ) -> dict:  # as `evaluate`; ACDC's has `parts`, one per condition
     "Evaluate on a set by name, under its protocol. ACDC without a condition in `split` is the mean over its four."
     options = protocol(name, model_size, cvpr24) | options
-    if name == "acdc" and "/" not in split: return average({c: evaluate(segmenter, open_dataset(name, f"{c}/{split}", root), **options) for c in CONDITIONS})
-    return evaluate(segmenter, open_dataset(name, split, root), **options)
+    if name == "acdc" and "/" not in split: return average({c: evaluate_set(segmenter, name, f"{c}/{split}", root, model_size, cvpr24, **options) for c in CONDITIONS})
+    return evaluate(segmenter, open_dataset(name, split, root, on_error="stop"), **options)
 
 # %% ../nbs/14_evaluate.ipynb #b30268e0
 SYNTHIA_16 = tuple(c for c in CLASSES if c not in ("terrain", "truck", "train"))

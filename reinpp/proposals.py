@@ -7,14 +7,14 @@ __all__ = ['FORMAT', 'write_proposals', 'read_proposals', 'check_proposals', 'Pr
            'compose', 'pad']
 
 # %% ../nbs/10_proposals.ipynb #404ef188
-import hashlib, json, os, sys, time, uuid, warnings
+import hashlib, json, os, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .datasets import data_folder, open_dataset
+from .datasets import data_folder, open_dataset, write_atomically
 from .engines import ENGINES, Proposals, classical, engine_options, engine_settings, find_engine, grid_size, instances, pack, unpack    # some only to be found here, too
 
 # %% ../nbs/10_proposals.ipynb #0160867f
@@ -32,7 +32,7 @@ def write_proposals(
     header = dict(format=FORMAT, engine=engine, key=key, name=proposals.name, reduction=str(proposals.reduction),
                   height=str(proposals.image_size[0]), width=str(proposals.image_size[1]))
     data = save(dict(bits=proposals.bits.contiguous(), scores=proposals.scores.contiguous(), boxes=proposals.boxes.contiguous()), metadata=header)
-    _write(Path(path), data)
+    write_atomically(Path(path), data)
     return len(data)
 
 
@@ -74,16 +74,6 @@ def _open(path, engine, key, get):
     if key is not None and header["key"] != key:
         raise ValueError(f"{path} was made with other settings (key {header['key']!r}, not {key!r})")
     return header, tensors
-
-
-def _write(path, data):
-    "Write bytes so that the file is either whole or absent."
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")    # other machines may write here, too
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/10_proposals.ipynb #a78dbe52
 class ProposalStore:
@@ -168,7 +158,7 @@ def make_proposals(
     else:
         stored = manifest | dict(key=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16])
         root.mkdir(parents=True, exist_ok=True)
-        _write(root / "manifest.json", (json.dumps(stored, indent=1) + "\n").encode())
+        write_atomically(root / "manifest.json", (json.dumps(stored, indent=1) + "\n").encode())
     todo = []
     for index in range(shard[0], len(dataset), shard[1]):
         file, name = _file(root, index), dataset.reader.names[index]
@@ -364,9 +354,7 @@ def _values(parser, pairs):
     return found
 
 
-if __name__ == "__main__" and globals().get("__package__") == "reinpp":    # python -m, not a notebook
-    from reinpp.proposals import main    # the importable one: workers must find it
-    main()
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", None) == "reinpp.proposals": main()    # python -m, not a notebook
 
 # %% ../nbs/10_proposals.ipynb #567b3d4c
 def warp(

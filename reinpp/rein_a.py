@@ -289,8 +289,8 @@ class ReinA:
         x_t, padding, geometry_t = self.target_transform(target)
         sample = dict(source=x_s, source_label=y_s, target=x_t, target_inside=padding != IGNORE)
         if self.stm is not None:
-            sample["source_masks"] = self._proposals(self.stores[0], _read(self.source, index), geometry_s, image)
-            sample["target_masks"] = self._proposals(self.stores[1], _read(self.target, other), geometry_t, target)
+            sample["source_masks"] = self._proposals(self.stores[0], self.source.actual(index), geometry_s, image)
+            sample["target_masks"] = self._proposals(self.stores[1], self.target.actual(other, "image"), geometry_t, target)
         return sample
 
     def step(self, batch: dict, iteration: int) -> dict:
@@ -459,11 +459,6 @@ class ReinA:
 def _images(output, pick):
     "The predictions for some of the images."
     return HeadOutput([c[pick] for c in output.class_logits], [m[pick] for m in output.mask_logits], None if output.padding is None else output.padding[pick])
-
-
-def _read(dataset, index):
-    "The number of the image that was really read: another one's where a dataset leaves bad files out."
-    return dataset.actual(index) if hasattr(dataset, "actual") else index
 
 
 def _scores(output):

@@ -71,16 +71,16 @@ def comparison(
     short_iterations: int | None = None,  # see `found`
     base: str = LABELS["rein_g"],  # the row that differences are taken to
 ) -> pd.DataFrame:  # one row a target and method
-    "Target mIoU, its difference to the base row, pixel accuracy, and the source's mIoU afterwards; per cent, mean and spread over seeds."
+    "Target mIoU, its difference to the base row (seed by seed, runs of the same length only), pixel accuracy, and the source's mIoU afterwards; per cent, mean and spread over seeds."
     p, table = PRESETS[preset], []
     look = lambda label, target: found(preset, rows[label], target, ledger, short_iterations, limit_iterations)
     for target in targets or p.targets:
         domain = p.targets[target][1]
-        by_seed = {r["config"]["seed"]: r["metrics"][domain]["miou"] for r in (look(base, target) if base in rows else [])}
+        of_base = {r["config"]["seed"]: r for r in (look(base, target) if base in rows else [])}
         for label in rows:
             records = look(label, target)
             values = lambda key, where: [r["metrics"][where][key] for r in records if where in r["metrics"]]
-            gains = [r["metrics"][domain]["miou"] - by_seed[r["config"]["seed"]] for r in records if r["config"]["seed"] in by_seed]
+            gains = [r["metrics"][domain]["miou"] - other["metrics"][domain]["miou"] for r in records if (other := of_base.get(r["config"]["seed"])) and _as_long(r, other)]
             table.append({"target": target, "method": label, "mIoU": in_percent(values("miou", domain)),
                           "difference": "" if label == base else in_percent(gains), "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
                           "source mIoU": in_percent(values("miou", p.source_val)) if p.source_val else "–", "seeds": len(records),

@@ -118,6 +118,8 @@ def test_mode_is_restored_and_no_graph_is_kept():
 
 def test_refusals():
     with pytest.raises(ValueError, match="without labels"): evaluate(Table(), open_dataset("scenes", "val", count=1, labels=False))
+    lenient = Dataset("scenes", "val", open_dataset("scenes", "val", count=1).reader, on_error="skip")
+    with pytest.raises(ValueError, match="on_error='skip'"): evaluate(Table(), lenient)
     with pytest.raises(ValueError, match="7 classes.*19"): evaluate(Table(7), open_dataset("scenes", "val", count=1))
 
 

@@ -5,6 +5,8 @@ import multiprocessing
 
 import pytest
 
+import reinpp.experiments as experiments
+from reinpp.datasets import data_folder
 from reinpp.experiments import METHODS, PRESETS, Ledger, check_parameters, choose_preset, estimate, find_adapter, missing_for_paper, plan, run
 
 
@@ -78,7 +80,15 @@ def test_wrong_parameters_say_what_exists(wrong, says):
 def test_the_paper_preset_lists_what_is_missing(tmp_path):
     lacks = missing_for_paper(tmp_path)
     assert any("gtav" in line and str(tmp_path / "gtav") in line and "http" in line for line in lacks)
+    assert [sum(line.startswith(f"{name}:") for line in lacks) for name in ("gtav", "cityscapes", "bdd100k", "mapillary")] == [1] * 4, "what it trains on and what it is evaluated on"
     with pytest.raises(FileNotFoundError, match="cityscapes"): choose_preset("paper", tmp_path)
+    assert not any(str(data_folder().parent) in line for line in missing_for_paper()), "a saved notebook shows no path of this machine"
+
+
+def test_what_a_run_is_evaluated_on_is_opened_before_it_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("it trains first"))
+    e = dataclasses.replace(small("rein_g"), evaluate_on=("scenes:val", "cityscapes:val"))
+    with pytest.raises(FileNotFoundError, match="cityscapes"): run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
 def test_auto_says_what_it_chose(tmp_path, capsys):

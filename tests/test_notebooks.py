@@ -61,5 +61,5 @@ def test_pretrain_tiny_in_small(tmp_path):
 def test_reproduce_plans_everything(tmp_path):
     done = papermill("reproduce", tmp_path / "out.ipynb", "-p", "preset", "tiny", "-p", "measure", "False")
     assert done.returncode == 0, done.stderr[-2000:]
-    text = (tmp_path / "out.ipynb").read_text()
+    text = outputs(tmp_path / "out.ipynb")
     assert all(name in text for name in ("table1", "table13", "fig6")), "every page is planned"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reinpp.rein_a as module
-from reinpp.datasets import fold, open_dataset
+from reinpp.datasets import BadFile, Dataset, fold, open_dataset
 from reinpp.losses import mask_classification_loss, paired_loss, targets_from_labels
 from reinpp.mask2former import HeadOutput, semantic_scores
 from reinpp.proposals import ProposalStore, pad, unpack
@@ -410,6 +410,33 @@ def test_proposals_travel_as_bits(data):
     assert masks.any() and kept.shape == (1, 20, 16, 16)
     few = objective(data, pool=3)
     assert unpack(batch_of(few, size=1)["target_masks"], 16).flatten(2).any(-1).sum() == 3
+
+
+def test_a_stand_in_brings_its_own_proposals(data):
+    "Where a bad file is left out, another image takes its place, and the proposals must be that image's."
+    class OneBad:
+        def __init__(self, reader): self.reader, self.names = reader, reader.names
+        def image(self, i):
+            if i == 1: raise BadFile("image 1 is damaged")
+            return self.reader.image(i)
+        def label(self, i): return self.reader.label(i)
+
+    class Asked:
+        def __init__(self, store): self.store, self.numbers = store, []
+        def __len__(self): return len(self.store)
+        def __getitem__(self, i):
+            self.numbers.append(i)
+            return self.store[i]
+
+    source, target, stores = data
+    lenient = [Dataset(d.name, d.split, OneBad(d.reader), labels=d.labelled, on_error="skip") for d in (source, target)]
+    asked = [Asked(store) for store in stores]
+    rein_a = objective((*lenient, asked))
+    rein_a.source_sampler.draw = lambda key, seed: (key, None)
+    rein_a.target_sampler.draw = lambda key, seed: (key, None)
+    with pytest.warns(UserWarning, match="image 1 is damaged"):
+        for key in (0, 1): rein_a.sample(key, 0)
+    assert [store.numbers for store in asked] == [[0, 2], [0, 2]], "image 2 stands in for image 1"
 
 
 def test_proposals_that_do_not_fit_are_refused(data):

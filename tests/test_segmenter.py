@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from reinpp.baselines import ADAPTERS
-from reinpp.datasets import data_folder
+from reinpp.datasets import data_folder, write_together
 from reinpp.losses import segmentation_loss
-from reinpp.segmenter import create_segmenter, load_segmenter, pull_adapter, push_adapter, read_adapter, window_starts, write_together
+from reinpp.segmenter import create_segmenter, load_segmenter, pull_adapter, push_adapter, read_adapter, window_starts
 
 SMALL = dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4)
 SIZES = dict(rein_g=dict(num_tokens=10, rank=4), vpt=dict(num_tokens=6))
