@@ -23,7 +23,7 @@ from .labels import CLASSES, colorize
 
 # %% ../nbs/16_report.ipynb #c013fb90
 SHORT = dict(zip(CLASSES, ("Road", "S.walk", "Build.", "Wall", "Fence", "Pole", "Tr.Light", "Sign", "Vege.", "Terrain", "Sky", "Person", "Rider", "Car", "Truck", "Bus", "Train", "M.bike", "Bike")))
-LABELS = {"freeze": "Freeze", "full": "Full", "rein_g": "Rein-G (source)", "control": "control (source, as many iterations more)", "rein_a": "Rein-A"}
+LABELS = {"freeze": "Freeze", "full": "Full", "rein_g": "Rein-G (source)", "control": "control (source only)", "rein_a": "Rein-A"}
 
 # %% ../nbs/16_report.ipynb #91bd739d
 def mean_spread(
