@@ -70,7 +70,7 @@ class Report(NamedTuple):
     ok: bool  # nothing is wrong
 
     def __str__(self): return self.table.to_string(index=False) + "".join(f"\n{p.dataset}:{p.split} {p.kind}: {p.file}: {p.what}" for p in self.problems.head(50).itertuples()) + (f"\n... and {len(self.problems) - 50} more" if len(self.problems) > 50 else "")
-    def _repr_html_(self): return self.table.to_html(index=False) + (self.problems.head(20).to_html(index=False) if len(self.problems) else "")
+    def _repr_html_(self): return self.table.astype(object).where(self.table.notna(), "–").to_html(index=False) + (self.problems.head(20).to_html(index=False) if len(self.problems) else "")
 
 
 def _pairs(source, folder, part):

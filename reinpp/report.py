@@ -8,7 +8,9 @@ __all__ = ['SHORT', 'LABELS', 'ROWS', 'mean_spread', 'in_percent', 'found', 'com
            'prediction_grid']
 
 # %% ../nbs/16_report.ipynb #6153617a
+import itertools
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from .labels import CLASSES, colorize
 
 # %% ../nbs/16_report.ipynb #c013fb90
 SHORT = dict(zip(CLASSES, ("Road", "S.walk", "Build.", "Wall", "Fence", "Pole", "Tr.Light", "Sign", "Vege.", "Terrain", "Sky", "Person", "Rider", "Car", "Truck", "Bus", "Train", "M.bike", "Bike")))
-LABELS = {"freeze": "Freeze", "full": "Full", "rein_g": "Rein-G (source)", "control": "control (source, as many iterations more)", "rein_a": "Rein-A"}
+LABELS = {"freeze": "Freeze", "full": "Full", "rein_g": "Rein-G (source)", "control": "control (source only)", "rein_a": "Rein-A"}
 
 # %% ../nbs/16_report.ipynb #91bd739d
 def mean_spread(
@@ -219,31 +221,68 @@ def mark_best(
     columns: list[str],  # to rank in
     largest: bool = True,  # the largest is best
 ):  # a pandas Styler
-    "Best value of a column bold, second best underlined, as in the paper. Text such as `41.0 ± 0.8` is ranked by its mean; dashes are left out."
-    def marks(column):
-        number = pd.to_numeric(column.astype(str).str.extract(r"^(-?[0-9.]+)")[0], errors="coerce").to_numpy()
-        ranks = pd.Series(-number if largest else number).rank(method="dense").to_numpy()
-        return ["font-weight: bold" if r == 1 else "text-decoration: underline" if r == 2 else "" for r in ranks]
-    style = table.style.apply(marks, subset=list(columns), axis=0)
-    return style.format(lambda v: f"{v:g}" if isinstance(v, float) else v)
+    """Best value of a column bold, second best underlined, as in the paper. Text such as `41.0 ± 0.8` is ranked by its mean; dashes are left out, and a lone number is not marked.
+
+    The marks are tags in the cells: code hosts drop the style sheets of a saved notebook. Floats keep the digits of their column: 71.0 beside 65.8.
+    """
+    shown, mark = table.copy(), {1: "<b>{}</b>", 2: "<u>{}</u>"}
+    for column in table.columns:
+        cells = _as_text(table[column])
+        shown[column] = [mark.get(rank, "{}").format(c) for rank, c in zip(_ranks(cells, largest), cells)] if column in list(columns) else cells
+    return shown.style
+
+
+def _as_text(column):
+    "Cells as text: floats with the digits of the one that has most, NaN as a dash."
+    digits = max((len(f"{v:g}".partition(".")[2]) for v in column if isinstance(v, float) and math.isfinite(v)), default=0)
+    return [("–" if math.isnan(v) else f"{v:.{digits}f}") if isinstance(v, float) else str(v) for v in column]
+
+
+def _ranks(cells, largest=True):
+    "1 for the best, 2 for the second best, equals alike; NaN where there is no number, and everywhere if there is only one."
+    number = pd.to_numeric(pd.Series(cells, dtype=object).str.extract(r"^([+-]?[0-9.]+)")[0], errors="coerce")
+    return (-number if largest else number).rank(method="dense").to_list() if number.count() > 1 else [math.nan] * len(number)
 
 
 def export_table(
     table: pd.DataFrame,
     folder: str | Path,  # made if missing
     name: str,  # of the files, without ending
+    best: tuple = (),  # columns whose best value is bold and second best underlined in LaTeX
 ) -> list[Path]:
-    "Write a table as CSV, LaTeX (`booktabs`), HTML and Markdown, so that a row can go into somebody's paper."
+    "Write a table as CSV, LaTeX (`booktabs`), HTML and Markdown, so that a row can go into somebody's paper. Heads of two levels stay two lines in LaTeX and become one elsewhere."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = table.reset_index()
-    escape = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "±": r"$\pm$", "–": "--", "→": r"$\rightarrow$", "α": r"$\alpha$", "β": r"$\beta$"})
-    tex = lambda values: " & ".join(str(v).translate(escape) for v in values) + r" \\"
-    body = "\n".join(tex(row) for row in flat.astype(str).values.tolist())
-    latex = "\\begin{tabular}{" + "l" * flat.shape[1] + "}\n\\toprule\n" + tex(flat.columns) + "\n\\midrule\n" + body + "\n\\bottomrule\n\\end{tabular}\n"
-    texts = {"csv": flat.to_csv(index=False), "tex": latex, "html": flat.to_html(index=False, border=0), "md": markdown(table)}
+    heads = [column if isinstance(column, tuple) else (column,) for column in flat.columns]
+    plain = pd.DataFrame(dict(enumerate(_as_text(flat.iloc[:, i]) for i in range(flat.shape[1])))).set_axis([" ".join(map(str, filter(None, head))) for head in heads], axis=1)
+    latex = _latex(heads, [plain.iloc[:, i].to_list() for i in range(plain.shape[1])], [column in list(best) for column in flat.columns])
+    texts = {"csv": plain.to_csv(index=False), "tex": latex, "html": plain.to_html(index=False, border=0), "md": markdown(plain.set_index(plain.columns[0]))}
     for ending, text in texts.items(): (folder / f"{name}.{ending}").write_text(text, encoding="utf-8")
     return [folder / f"{name}.{ending}" for ending in texts]
+
+
+_TEX = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"[": "{[}", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "–": "--",
+                      "±": r"$\pm$", "×": r"$\times$", "→": r"$\rightarrow$", "α": r"$\alpha$", "β": r"$\beta$", "τ": r"$\tau$", "Δ": r"$\Delta$"})
+
+
+def _latex(heads, columns, best):
+    "A `tabular`: a tuple of one or two heads for each column, its cells, and whether its best are marked. Columns of numbers are set to the right."
+    mark = {1: r"\textbf{%s}", 2: r"\underline{%s}"}
+    cells = [[mark.get(rank, "%s") % cell.translate(_TEX) for rank, cell in zip(_ranks(column) if marked else [0] * len(column), column)] for column, marked in zip(columns, best)]
+    number = re.compile(r"[+-]?[\d.,]+( ± [\d.]+)?[MB]?|[–-]|N/A|")
+    sides = "".join("r" if all(map(number.fullmatch, column)) else "l" for column in columns)
+    line = lambda values: " & ".join(values) + r" \\"
+    top = [line(str(head[-1]).translate(_TEX) for head in heads)]
+    if len(heads[0]) > 1:  # each first head once, over its columns, with a rule below
+        over, rules, heads = [], [], [tuple(map(str, head)) for head in heads]
+        for first, group in itertools.groupby(range(len(heads)), key=lambda i: heads[i][0] if heads[i][1] else i):
+            group = list(group)
+            text = heads[group[0]][0].translate(_TEX)
+            over.append(text if len(group) == 1 else rf"\multicolumn{{{len(group)}}}{{c}}{{{text}}}")
+            if len(group) > 1: rules.append(rf"\cmidrule(lr){{{group[0] + 1}-{group[-1] + 1}}}")
+        top = [line(over), " ".join(rules), *top]
+    return "\n".join([rf"\begin{{tabular}}{{{sides}}}", r"\toprule", *top, r"\midrule", *map(line, zip(*cells)), r"\bottomrule", r"\end{tabular}", ""])
 
 # %% ../nbs/16_report.ipynb #95741784
 def prediction_grid(

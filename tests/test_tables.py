@@ -76,10 +76,11 @@ def test_it_shows_the_ledger(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_GENERALIZATION])
-def test_it_opens(name):
-    wanted = dict(preset="tiny", run_missing=False, models=["dinov2_large"]) | (dict(backbone="tiny", image_size=128) if name == "fig3" else {})
+def test_it_opens(name, tmp_path):
+    wanted = dict(preset="tiny", run_missing=False, models=["dinov2_large"], output=str(tmp_path)) | (dict(backbone="tiny", image_size=128) if name == "fig3" else {})
     shown, _ = run(name, **{k: v for k, v in wanted.items() if k in defaults(name)})
     assert shown or name.startswith("fig")
+    if name.startswith("fig"): assert all((tmp_path / f"{name}.{ending}").stat().st_size > 5000 for ending in ("svg", "png"))
 
 
 @pytest.mark.parametrize("name", ["table2", "table8", "fig2"])
