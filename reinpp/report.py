@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'LABELS', 'ROWS', 'mean_spread', 'in_percent', 'found', 'comparison', 'across_targets', 'per_class',
-           'paper_table', 'above', 'verdicts', 'footer', 'markdown', 'beside', 'mark_best', 'export_table',
-           'prediction_grid']
+           'paper_table', 'above', 'verdicts', 'footer', 'markdown', 'beside', 'beside_wide', 'mark_best',
+           'export_table', 'prediction_grid']
 
 # %% ../nbs/16_report.ipynb #6153617a
 import itertools
@@ -198,7 +198,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 # %% ../nbs/16_report.ipynb #3a5dc0f7
 def beside(
-    cells: list[tuple],  # (name of the row, printed number or "N/A", arguments of `plan` for the paper preset, or in words why there are none, target)
+    cells: list[tuple],  # (name of the row, printed number or "N/A", arguments of `plan` for the paper preset, or in words why there are none, target or a tuple of targets: their mean, seed by seed)
     ledger: Ledger | None = None,
 ) -> pd.DataFrame:  # paper | ours | difference | n | status
     "Printed numbers and the paper preset's own, per cent; nothing else fills the column `ours`."
@@ -206,14 +206,26 @@ def beside(
     for name, printed, row, target in cells:
         reason, row = (row, {}) if isinstance(row, str) else ("not run: needs the datasets and a GPU", row)
         settings = PRESETS["paper"].settings.get(row.get("setting"), {}).get("targets", PRESETS["paper"].targets)
-        records = found("paper", row, target, ledger) if row else []
-        values = [100 * r["metrics"][settings[target][1]]["miou"] for r in records]
-        mean, spread, count = mean_spread(values)
+        several = target if isinstance(target, tuple) else (target,)
+        by_seed = [{r["config"]["seed"]: 100 * r["metrics"][settings[t][1]]["miou"] for r in found("paper", row, t, ledger)} if row else {} for t in several]
+        mean, spread, count = mean_spread([statistics.fmean(one[seed] for one in by_seed) for seed in sorted(set.intersection(*map(set, by_seed)))])
         number = float(printed) if str(printed).replace(".", "", 1).isdigit() else None
         table.append({"row": name, "paper": printed, "ours": "–" if not count else f"{mean:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""),
                       "difference": f"{mean - number:+.1f}" if count and number is not None else "–", "n": count,
                       "status": "measured" if count else reason})
     return pd.DataFrame(table).set_index("row")
+
+
+def beside_wide(
+    lines: dict,  # row -> (its printed numbers by column, arguments of `plan` or words)
+    columns: dict,  # printed column -> target or tuple of targets
+    ledger: Ledger | None = None,
+) -> tuple[pd.DataFrame, list[str]]:  # the table; what `status`, one word a row, stands for
+    "`beside` for a wide table: paper, ours and difference of each column side by side."
+    parts = {name: beside([(column, printed[column], row, target) for column, target in columns.items()], ledger) for name, (printed, row) in lines.items()}
+    table = {name: {(column, what): part.loc[column, what] for column in columns for what in ("paper", "ours", "difference")}
+                   | {("n", ""): part.n.min(), ("status", ""): part.status.iloc[0].partition(":")[0]} for name, part in parts.items()}
+    return pd.DataFrame.from_dict(table, orient="index"), sorted({s for part in parts.values() for s in part.status if ":" in s})
 
 
 def mark_best(
