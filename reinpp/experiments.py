@@ -463,7 +463,7 @@ def fill(
     "Say which runs are missing and what they will cost here, then make them. What was interrupted is resumed; what another process is making is waited for."
     ledger, experiments = ledger or Ledger(), list({e.key: e for e in experiments}.values())
     missing = [e for e in experiments if ledger.get(e) is None]
-    print(f"{len(experiments)} runs wanted, {len(missing)} not in the ledger" + ("" if run_missing or not missing else "; run_missing is False, so they stay missing"))
+    print(f"{len(experiments)} run{'s' * (len(experiments) != 1)} wanted, {len(missing)} not in the ledger" + ("" if run_missing or not missing else "; run_missing is False, so they stay missing"))
     if not run_missing or not missing: return
     print(estimate(missing, runs, data_root), flush=True)
     for experiment in missing: run(experiment, ledger, runs, data_root, **dict(progress="lines") | options)

@@ -35,10 +35,13 @@ def mean_spread(
     return statistics.fmean(kept), statistics.stdev(kept) if len(kept) > 1 else None, len(kept)
 
 
-def in_percent(values: list[float]) -> str:
-    "`41.3 ± 0.8` of fractions; without spread for one seed; a dash for none."
+def in_percent(
+    values: list[float],  # fractions
+    sign: str = "",  # "+": also of what is above zero, for differences
+) -> str:
+    "`41.3 ± 0.8`; without spread for one seed; a dash for none."
     mean, spread, count = mean_spread(values)
-    return "–" if not count else f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+    return "–" if not count else f"{100 * mean:{sign}.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
 
 # %% ../nbs/16_report.ipynb #010b72f4
 ROWS = {label: dict(method=method) for method, label in LABELS.items()}
@@ -84,7 +87,7 @@ def comparison(
             values = lambda key, where: [r["metrics"][where][key] for r in records if where in r["metrics"]]
             gains = [r["metrics"][domain]["miou"] - other["metrics"][domain]["miou"] for r in records if (other := of_base.get(r["config"]["seed"])) and _as_long(r, other)]
             table.append({"target": target, "method": label, "mIoU": in_percent(values("miou", domain)),
-                          "difference": "" if label == base else in_percent(gains), "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
+                          "difference": "" if label == base else in_percent(gains, "+"), "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
                           "source mIoU": in_percent(values("miou", p.source_val)) if p.source_val else "–", "seeds": len(records),
                           "iterations": records[0]["config"]["training"]["iterations"] if records else "–", "status": "measured" if records else "not run"})
     return pd.DataFrame(table).set_index(["target", "method"])

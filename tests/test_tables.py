@@ -159,12 +159,13 @@ def few_scenes(tmp_path, monkeypatch):
 def test_it_makes_what_is_missing(name, rows, few_scenes, tmp_path, capsys):
     shown, _ = run(name, **quiet(tmp_path, name, rows=rows, **few_scenes))
     said = capsys.readouterr().out
-    assert f"{len(rows)} runs wanted, {len(rows)} not in the ledger" in said and "in total about" in said
+    wanted = f"{len(rows)} run{'s' * (len(rows) > 1)} wanted"
+    assert f"{wanted}, {len(rows)} not in the ledger" in said and "in total about" in said
     table = next(v for v in shown if "status" in getattr(v, "columns", []) or hasattr(v, "data"))
     table = getattr(table, "data", table)
     assert list(table.index[table.status == "measured"]) == [label for label in table.index if label in rows]
     run(name, cells=3, **quiet(tmp_path, name, rows=rows, **few_scenes))
-    assert f"{len(rows)} runs wanted, 0 not in the ledger" in capsys.readouterr().out, "nothing is run twice"
+    assert f"{wanted}, 0 not in the ledger" in capsys.readouterr().out, "nothing is run twice"
 
 
 def test_table7_times_this_machine(tmp_path, capsys):
