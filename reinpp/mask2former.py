@@ -45,7 +45,7 @@ def sine_position(
     if dim % 4: raise ValueError(f"sine_position: dim must be a multiple of 4 (sine and cosine of x and y), got {dim}")
     return _sine_position(int(height), int(width), int(dim), torch.device(device))
 
-# %% ../nbs/07_mask2former.ipynb #f1341521
+# %% ../nbs/07_mask2former.ipynb #44895509
 @lru_cache(maxsize=64)
 def _reference_grid(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     "x, y of the centres of all tokens in grid_sample's [-1, 1], (2, n), and the size of one pixel of each level there, (levels, 1, 2, 1)."
@@ -60,7 +60,7 @@ def _reference_grid(shapes: tuple[tuple[int, int], ...], device: torch.device) -
 
 def _linear_last(layer: nn.Linear, tokens: Tensor) -> Tensor:
     "A linear layer whose result has its tokens last: (B, n, in) -> (B, out, n), contiguous."
-    return torch.baddbmm(layer.bias[:, None], layer.weight.expand(len(tokens), -1, -1), tokens.transpose(1, 2))
+    return torch.baddbmm(layer.bias[:, None], layer.weight.expand(tokens.shape[0], -1, -1), tokens.transpose(1, 2))
 
 
 class DeformableAttention(nn.Module):
@@ -310,7 +310,7 @@ class MaskedDecoder(nn.Module):
         fine = mask_features.flatten(2)
         return HeadOutput([self.class_head(x) for x in states], [(e @ fine).unflatten(2, mask_features.shape[-2:]) for e in embeddings], padding)
 
-# %% ../nbs/07_mask2former.ipynb #7501247f
+# %% ../nbs/07_mask2former.ipynb #863667ad
 class Mask2Former(nn.Module):
     "The Mask2Former head on the features of a plain ViT: pixel decoder, masked-attention decoder, linked or own queries."
     def __init__(self,
@@ -351,7 +351,7 @@ class Mask2Former(nn.Module):
             if queries is not None: raise ValueError("Mask2Former(linked=False) has its own queries but was given linked ones; build it with linked=True")
             position, content = self.query_embed, self.query_feat
         mask_features, maps = self.pixel_decoder(features)
-        return self.decoder(mask_features, maps, content.expand(len(mask_features), -1, -1), position)
+        return self.decoder(mask_features, maps, content.expand(mask_features.shape[0], -1, -1), position)
 
 # %% ../nbs/07_mask2former.ipynb #9300ad3c
 def semantic_scores(

@@ -109,7 +109,7 @@ class Memory:
 
     def __reduce__(self): return Memory, ()
 
-# %% ../nbs/05_rein_g.ipynb #bcf0d88c
+# %% ../nbs/05_rein_g.ipynb #96700bda
 class ReinG(Adapter):
     """Rein-G: refines the patch tokens after every block and links its tokens to the head's queries (paper Sec. IV, eq. 2-13).
 
@@ -184,7 +184,7 @@ class ReinG(Adapter):
         "delta f (B, n, c) of patch tokens (B, n, c), in the precision of this module's parameters, or of autocast."
         patches = own_precision(patches, self.scale)
         k, v = self.keys_and_values(layer, patches.device.type, patches.dtype)
-        batch = len(patches)
+        batch = patches.shape[0]  # len() would fix the batch size of an exported program
         d = F.scaled_dot_product_attention(self._heads(patches), k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1))
         return self.mlp[0 if self.share_mlp else layer](d.transpose(-3, -2).flatten(-2) + patches)
 

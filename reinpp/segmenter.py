@@ -6,12 +6,13 @@
 __all__ = ['HEADS', 'PER_PIXEL', 'STRIDES', 'DTYPES', 'Segmenter', 'window_starts', 'create_segmenter', 'identity',
            'config_digest', 'read_adapter', 'load_segmenter', 'model_card', 'push_adapter', 'pull_adapter']
 
-# %% ../nbs/09_segmenter.ipynb #bbec987a
+# %% ../nbs/09_segmenter.ipynb #5e2f0eeb
 import hashlib
 import json
 import tempfile
 import warnings
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from .datasets import write_atomically, write_together
 from .mask2former import HeadOutput, Mask2Former, semantic_scores
 from .semantic_fpn import SemanticFPN
 
-# %% ../nbs/09_segmenter.ipynb #b5024f21
+# %% ../nbs/09_segmenter.ipynb #1de7ecad
 HEADS = {"mask2former": Mask2Former, "semantic_fpn": SemanticFPN}
 PER_PIXEL = ("semantic_fpn",)  # heads that label pixels and have no queries
 STRIDES = (4, 8, 16, 32)  # of the head's pyramid, in pixels
@@ -60,6 +61,17 @@ class Segmenter(nn.Module):
         self.backbone.eval()
         return self
 
+    def compile_blocks(self, **options) -> "Segmenter":
+        """Compile the backbone's blocks with `torch.compile`: one program for all of them, for each image size and with or without gradient. What an adapter hooks in between stays as it is.
+
+        Results change by rounding only, names of parameters not at all. The first pass takes a minute, later ones less than before; on a CPU a C++ compiler is needed. `options` are torch.compile's."""
+        programs = {}
+        for block in self.backbone.blocks:
+            kind = type(block)
+            if kind not in programs: programs[kind] = torch.compile(kind.forward, **options)
+            block.forward = MethodType(programs[kind], block)  # bound, so that a copy of the segmenter runs its own blocks
+        return self
+
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         "Four refined maps (B, C, H / patch, W / patch) of images (B, 3, H, W) in [0, 1]; H and W multiples of the patch."
         return extract_features(self.backbone, (images - self.mean) / self.std)
@@ -81,12 +93,16 @@ class Segmenter(nn.Module):
         window: int | None = None,  # side of a square window in pixels (512 or 1024 in the paper); None: the whole image at once
         stride: int | None = None,  # between windows; None: two thirds of the window (341 for 512, 683 for 1024)
         batch: int = 8,  # windows a forward pass, of all images together
+        precision: str | None = None,  # "bf16": matrix products in bfloat16, about half the time and memory on a GPU; "float32"; None: what autocast around the call says
     ) -> torch.Tensor:  # scores (B, K, H, W) float32
-        """Scores at full resolution, averaged over windows.
+        """Scores at full resolution, averaged over windows. Raises `ValueError` for an unknown precision.
 
         The last window of a row or column is shifted inside, a side shorter than the window is taken whole, and sizes that the patch does not divide (or under
-        32 pixels) are padded and cropped back. Memory: the result, plus one batch of windows; a window's scores are added in place and forgotten.
+        32 pixels) are padded and cropped back. Many images of one size: `compile_blocks()` first, and `merged` of `reinpp.export`. Memory: the result, plus one batch of windows; a window's scores are added in place and forgotten.
         """
+        if precision not in (None, "bf16", "float32"): raise ValueError(f"precision={precision!r}: use bf16, float32 or None")
+        if precision:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"): return self.predict(images, window, stride, batch)
         count, _, height, width = images.shape
         h, w = (min(window, height), min(window, width)) if window else (height, width)
         step = stride or max(1, round(window * 2 / 3)) if window else max(h, w)
