@@ -22,7 +22,7 @@ NUMBERED = re.compile(r"^([0-9][0-9][a-z]?_|index[.])")
 WITH_PARAMETERS = [path for path in NOTEBOOKS if not NUMBERED.match(path.name)]
 # Imports only ever point up this list.
 ROOMS = """labels scenes datasets check transforms backbones rein_g baselines mask2former semantic_fpn losses segmenter official
-           engines proposals stm rein_a train evaluate submissions cityscapes_c experiments report bench explore""".split()
+           export engines proposals stm rein_a train evaluate submissions cityscapes_c experiments report bench explore""".split()
 QUARTET = "nbdev", "fastcore", "execnb", "ghapi"
 
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
