@@ -12,11 +12,13 @@ import contextlib, sys, time
 from pathlib import Path
 
 import torch
+from torch import distributed
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 
 from .datasets import Dataset, open_dataset, write_atomically
 from .labels import CLASSES, IGNORE, PALETTE, overlay
+from .processes import place
 from .transforms import resize_image, short_edge_size
 
 # %% ../nbs/14_evaluate.ipynb #0297c29e
@@ -40,6 +42,7 @@ def predictions(
     progress: bool = False,  # a bar on a terminal, a line every half minute elsewhere
     fit=None,  # instead of `size`: (long edge, short edge) that images are scaled to fit, aspect kept
     shrink: int = 1,  # first make image and label so many times smaller
+    indices=None,  # of the images to predict; None: all
 ):
     """Yield `(name, prediction, label, image)` for each image: uint8 (H, W) trainIds on `device`, uint8 (H, W) or None, uint8 (3, H, W).
 
@@ -49,7 +52,7 @@ def predictions(
     training = segmenter.training
     segmenter.eval()
     try:
-        for images, kept in _batches(dataset, size, fit, shrink, batch, progress):
+        for images, kept in _batches(dataset, size, fit, shrink, batch, progress, indices):
             with torch.inference_mode():
                 scores = segmenter.predict(images.to(device).float() / 255, window=window, stride=stride)
                 found = [_resized(score, image.shape[-2:]).argmax(0).to(torch.uint8) for score, (_, _, image) in zip(scores, kept)]
@@ -62,10 +65,10 @@ def _resized(score, shape):
     return score if score.shape[-2:] == shape else interpolate(score[None], shape, mode="bilinear", align_corners=False)[0]
 
 
-def _batches(dataset, size, fit, shrink, batch, progress):
+def _batches(dataset, size, fit, shrink, batch, progress, indices):
     "Stacks of images as the model sees them, equal in size, and `(name, label, image)` of each."
     inputs, kept = [], []
-    for i in _progress(range(len(dataset)), f"{dataset.name}/{dataset.split}", progress):
+    for i in _progress(range(len(dataset)) if indices is None else indices, f"{dataset.name}/{dataset.split}", progress):
         image, label, name = dataset[i]
         image, label = image.as_subclass(torch.Tensor), None if label is None else label.as_subclass(torch.Tensor)
         if shrink != 1:  # as the field halves Mapillary: bicubic with antialiasing, labels to the nearest pixel's centre
@@ -110,19 +113,23 @@ def evaluate(
 ) -> dict:
     """`iou` {class name: float}, NaN for classes that are absent or that the set does not label; `miou` over the others; `pixel_accuracy`; `images`; `confusion` (K, K) as a list, rows = truth.
 
-    Figures are fractions in [0, 1]. ValueError for a dataset without labels, of another number of classes, or that leaves bad files out (`on_error`): their stand-ins would be counted twice."""
+    Figures are fractions in [0, 1]. Under `torchrun` all processes call this together: each takes its share of the batches, and all get the result. ValueError for a dataset without labels, of another number of classes, or that leaves bad files out (`on_error`): their stand-ins would be counted twice."""
     from torchmetrics.classification import MulticlassConfusionMatrix
     what, K = f"{dataset.name}/{dataset.split}", segmenter.num_classes
     if not dataset.labelled: raise ValueError(f"evaluate: {what} was opened without labels; open it with labels=True")
     if dataset.on_error != "stop": raise ValueError(f"evaluate: {what} was opened with on_error={dataset.on_error!r}, which puts other images in the place of bad ones; open it with on_error='stop' (python -m reinpp.check lists what is bad)")
     if K != len(dataset.classes): raise ValueError(f"evaluate: the segmenter has {K} classes and {what} has {len(dataset.classes)}; they must be the same")
     if device is None: device = next((p.device for p in segmenter.parameters()), "cpu")
-    confusion = MulticlassConfusionMatrix(K, ignore_index=IGNORE, validate_args=False).to(device)
-    with contextlib.closing(predictions(segmenter, dataset, window, stride, size, batch, device, progress, fit, shrink)) as stream:
+    confusion = MulticlassConfusionMatrix(K, ignore_index=IGNORE, validate_args=False, sync_on_compute=False).to(device)
+    rank, world = place()
+    share = [i for i in range(len(dataset)) if i // batch % world == rank]  # whole batches: what is in one decides about the last bits
+    with contextlib.closing(predictions(segmenter, dataset, window, stride, size, batch, device, progress and rank == 0, fit, shrink, share)) as stream:
         for name, prediction, label, image in stream:
             confusion.update(prediction.long(), label.to(device).long())
             if save is not None: save_prediction(save, name, prediction, image)
-    matrix = confusion.compute().cpu()
+    matrix = confusion.compute()
+    if world > 1: distributed.all_reduce(matrix)
+    matrix = matrix.cpu()
     iou = iou_from_confusion(matrix)
     iou[[c for c in range(K) if c not in dataset.evaluated]] = torch.nan
     return dict(iou=dict(zip(dataset.classes, iou.tolist())), miou=iou.nanmean().item(), pixel_accuracy=(matrix.diagonal().sum() / matrix.sum()).item(), images=len(dataset),

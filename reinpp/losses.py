@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .labels import IGNORE
 from .mask2former import HeadOutput
+from .processes import average, others, place, rand
 
 # %% ../nbs/08_losses.ipynb #d2746f87
 class Target(NamedTuple):
@@ -55,13 +56,14 @@ def uncertain_points(
     num_points: int,          # points per mask
     oversample: float = 3,    # candidates per point
     importance: float = .75,  # share of points taken for their uncertainty; the others are uniform
+    rows: tuple = (0, 0),     # masks of the other processes before and after, see `processes.rand`
 ) -> Tensor:                  # (N, num_points, 2) in [0, 1]
     "Points where the sign of the logit is least certain, and some uniform ones (PointRend, Sec. 3.3)."
-    candidates = torch.rand(len(logits), int(num_points * oversample), 2, device=logits.device)
+    candidates = rand(len(logits), int(num_points * oversample), 2, others=rows, device=logits.device)
     number = int(importance * num_points)
     chosen = point_sample(logits, candidates)[:, 0].abs().topk(number, 1, largest=False, sorted=False).indices
     chosen = candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
-    return torch.cat((chosen, torch.rand(len(logits), num_points - number, 2, device=logits.device)), 1)
+    return torch.cat((chosen, rand(len(logits), num_points - number, 2, others=rows, device=logits.device)), 1)
 
 # %% ../nbs/08_losses.ipynb #a7cac5b2
 @torch.no_grad()
@@ -87,15 +89,16 @@ def match(
     targets: list[Target],  # one per image
     num_points: int = 12544,  # uniform points, drawn once per image for all predictions
     weights: tuple[float, float, float] = (2, 5, 5),  # class, BCE, dice
+    rows: tuple[int, int] = (0, 0),  # images of the other processes before and after, see `processes.rand`
 ) -> Tensor:                # (predictions, sum of n) int64 on the host: the query of each target (images one after another), -1: unmatched
     "Hungarian matching of every prediction with the targets of every image; one device-to-host copy in all."
     from scipy.optimize import linear_sum_assignment
     sizes = [len(t.classes) for t in targets]
     matched = torch.full((len(output.class_logits), sum(sizes)), -1)
-    if not sum(sizes): return matched
     device = output.mask_logits[-1].device
+    if sum(sizes) or sum(rows): points = rand(len(targets), num_points, 2, others=rows, device=device)
+    if not sum(sizes): return matched
     with torch.autocast(device.type, enabled=False):
-        points = torch.rand(len(targets), num_points, 2, device=device)
         classes = torch.nn.utils.rnn.pad_sequence([t.classes for t in targets], batch_first=True)
         masks = torch.nn.utils.rnn.pad_sequence([point_sample(t.masks[None].float(), p[None])[0] for t, p in zip(targets, points)], batch_first=True)
         cost = torch.stack([matching_costs(c, point_sample(m.float(), points), classes, masks, weights)
@@ -120,24 +123,21 @@ def match(
 def average_count(
     number: Tensor | float,  # a count on this process
     device: torch.device,    # where the result is wanted
-) -> Tensor:                 # scalar float32, at least 1
-    "Mean of a count over the processes of a distributed run, at least 1, so that gradients averaged over processes are those of one large batch."
-    number = torch.as_tensor(number, dtype=torch.float32, device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        number = number.clone()
-        torch.distributed.all_reduce(number)
-        number = number / torch.distributed.get_world_size()
-    return number.clamp(min=1)
+) -> Tensor:                 # scalar float32
+    "Mean of a count over the processes of a distributed run, of at least 1 in all, so that gradients averaged over processes are those of one large batch."
+    number, = average([torch.as_tensor(number, dtype=torch.float32, device=device)])
+    return number.clamp(min=1 / place()[1])
 
 
-def _class_loss(logits: Tensor, wanted: Tensor, no_object: float) -> Tensor:
-    "Sum over predictions (L, ...) of the weighted mean cross-entropy; logits (L, B, Q, K + 1); wanted (L, B, Q), -100 = left out."
+def _class_loss(logits: Tensor, wanted: Tensor, no_object: float, whole: bool = True) -> Tensor:
+    "Sum over predictions (L, ...) of the weighted mean cross-entropy, over the whole batch of all processes or this one's; logits (L, B, Q, K + 1); wanted (L, B, Q), -100 = left out."
     number = logits.shape[-1]
     weight = logits.new_ones(number)
     weight[-1] = no_object
-    loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), weight, reduction="none", ignore_index=-100).view(len(logits), -1)
-    share = weight[wanted.clamp(min=0)].masked_fill(wanted < 0, 0).flatten(1)
-    return (loss.sum(1) / share.sum(1).clamp(min=1e-6)).sum()
+    loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), weight, reduction="none", ignore_index=-100).view(len(logits), wanted[0].numel())
+    share = weight[wanted.clamp(min=0)].masked_fill(wanted < 0, 0).flatten(1).sum(1)
+    if whole: share, = average([share])
+    return (loss.sum(1) / share.clamp(min=1e-6)).sum()
 
 
 def mask_classification_loss(
@@ -153,11 +153,14 @@ def mask_classification_loss(
     if len(targets) != len(output.class_logits[-1]):
         raise ValueError(f"mask_classification_loss: {len(targets)} targets for a batch of {len(output.class_logits[-1])} images")
     device = output.mask_logits[-1].device
-    matched = match(output, targets, num_points, weights)
+    images, masks_elsewhere = others([len(targets), sum(len(t.classes) for t in targets)], device)
+    somewhere = sum(masks_elsewhere) + sum(len(t.classes) for t in targets)
+    matched = match(output, targets, num_points, weights, images if somewhere else (0, 0))
     query = matched.clamp(min=0).to(device, non_blocking=True)
     found = (matched >= 0).to(device, non_blocking=True)
     image = torch.tensor([i for i, t in enumerate(targets) for _ in t.classes], dtype=torch.int64).to(device, non_blocking=True)
-    classes = torch.cat([t.classes for t in targets])
+    classes = torch.cat([t.classes for t in targets] or [image])
+    number, rows = average_count(len(classes), device), [n * len(output.mask_logits) for n in masks_elsewhere]
     with torch.autocast(device.type, enabled=False):
         logits = torch.stack(output.class_logits).float()
         wanted = torch.full(logits.shape[:-1], logits.shape[-1] - 1, device=device)
@@ -168,16 +171,16 @@ def mask_classification_loss(
         total = {"class": weights[0] * _class_loss(logits, wanted, no_object)}
         if len(classes):
             masks = torch.stack([m[image, q] for m, q in zip(output.mask_logits, query)], 1).float()   # (T, predictions, h, w)
-            points = uncertain_points(masks.detach().flatten(0, 1).unsqueeze(1), num_points, oversample, importance)
+            points = uncertain_points(masks.detach().flatten(0, 1).unsqueeze(1), num_points, oversample, importance, rows)
             x = point_sample(masks.flatten(0, 1).unsqueeze(1), points)[:, 0].view(*masks.shape[:2], -1)  # (T, predictions, P)
             with torch.no_grad():
                 points = points.view(*x.shape, 2).split([len(t.classes) for t in targets])
                 t = torch.cat([point_sample(t.masks.unsqueeze(1).float(), p)[:, 0] for t, p in zip(targets, points)])
             bce, dice = _mask_losses(x, t)
-            share = found.T / average_count(len(classes), device)
+            share = found.T / number
             total |= {"mask": weights[1] * (bce * share).sum(), "dice": weights[2] * (dice * share).sum()}
         else:
-            if torch.distributed.is_available() and torch.distributed.is_initialized(): average_count(0, device)  # every process takes part
+            if somewhere: uncertain_points(torch.zeros(0, 1, 1, 1, device=device), num_points, oversample, importance, rows)  # the random stream goes on as in the processes that have masks
             zero = sum(m.sum() for m in output.mask_logits).float() * 0
             total |= {"mask": zero, "dice": zero}
         return {"total": sum(total.values()), **total}
@@ -258,6 +261,7 @@ def paired_loss(
     valid: Tensor | None = None,  # (B, H, W) bool or 0/1: pixels that are image; a mask pixel counts by the valid share of what it covers
     weights: tuple[float, float, float] = (2, 5, 5),  # class, BCE, dice
     no_object: float = .1,  # weight of 'no object' in the cross-entropy
+    whole: bool = True,     # means over the whole batch of all processes; False: over this batch alone
 ) -> dict[str, Tensor]:     # total = class + mask + dice, weighted and summed over the predictions
     "Query i of the student learns class and mask of query i of the teacher (eq. 16). Raises ValueError if the queries cannot be paired."
     if teacher_class.shape != student.class_logits[-1].shape or teacher_mask.shape != student.mask_logits[-1].shape:
@@ -280,8 +284,8 @@ def paired_loss(
         p = x.sigmoid() * v
         bce = (F.binary_cross_entropy_with_logits(x, t.expand_as(x), reduction="none") * v).sum(-1) / v.sum(-1).clamp(min=1e-6)
         dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + (t * v).sum(-1) + 1)
-        number = average_count(len(image), device)
+        number = average_count(len(image), device) if whole else max(len(image), 1)
         zero = sum(m.sum() for m in student.mask_logits).float() * 0 if not len(image) else 0
-        total = {"class": weights[0] * _class_loss(logits, wanted.expand(len(logits), -1, -1), no_object),
+        total = {"class": weights[0] * _class_loss(logits, wanted.expand(len(logits), -1, -1), no_object, whole),
                  "mask": weights[1] * bce.sum() / number + zero, "dice": weights[2] * dice.sum() / number + zero}
         return {"total": sum(total.values()), **total}

@@ -21,6 +21,7 @@ from .datasets import Sampler, fold
 from .labels import IGNORE
 from .losses import mask_classification_loss, normalize_scores, normalized_score_loss, paired_loss, targets_from_labels
 from .mask2former import HeadOutput, semantic_scores
+from .processes import average, gather, own, place
 from .proposals import compose, pack, pad, unpack, warp
 from .segmenter import PER_PIXEL
 from .transforms import class_mix, random_block_mask, strong_augment
@@ -123,7 +124,8 @@ def agreement(
 ) -> torch.Tensor:
     "Share of these pixels of which student and teacher say the same; 0 where there are none. To be watched: nothing is learnt from it."
     said = F.interpolate(scores.float(), label.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
-    return ((said == label) & where).sum() / where.sum().clamp(min=1)
+    same, seen = average([((said == label) & where).sum(), where.sum()])
+    return same / seen.clamp(min=1)
 
 # %% ../nbs/12_rein_a.ipynb #c2ff4fd3
 def mix_images(
@@ -132,9 +134,10 @@ def mix_images(
     target: torch.Tensor,    # (B, 3, H, W) in [0, 1]
 ) -> tuple:
     "Half of each source image's classes pasted onto the target image, colours disturbed: (B, 3, H, W), and where the source shows (B, H, W) bool."
+    source, label, target = (gather(x) for x in (source, label, target))    # what an image draws depends on those before it
     unknown = torch.full_like(label[0], IGNORE)
     mixed = [class_mix(s, y, t, unknown, 0.0) for s, y, t in zip(source, label, target)]
-    return torch.stack([strong_augment(image) for image, *_ in mixed]), torch.stack([pasted for *_, pasted in mixed])
+    return own(torch.stack([strong_augment(image) for image, *_ in mixed])), own(torch.stack([pasted for *_, pasted in mixed]))
 
 
 def hide_blocks(
@@ -144,7 +147,7 @@ def hide_blocks(
     ratio: float = 0.7,    # share of the blocks that is hidden
 ) -> torch.Tensor:
     "Images with random blocks replaced by the mean colour."
-    hidden = torch.stack([random_block_mask(*images.shape[-2:], block, ratio) for _ in images]).to(images.device)
+    hidden = own(torch.stack([random_block_mask(*images.shape[-2:], block, ratio) for _ in range(len(images) * place()[1])])).to(images.device)
     return torch.where(hidden[:, None], mean.to(images.dtype), images)
 
 # %% ../nbs/12_rein_a.ipynb #d72fd709
@@ -168,10 +171,10 @@ def stm_mask_loss(
     "L^stm_mask: eq. 14 against STM's label, over the images of which STM knows something."
     targets = targets_from_labels(label, num_classes)
     known = [i for i, t in enumerate(targets) if len(t.classes)]
-    if not known:
+    if not known and place()[1] == 1:    # other processes may know something, and wait for this one's counts
         return student.mask_logits[-1].sum() * 0 + 0.0    # not -0
     if len(known) < len(targets):
-        pick = torch.tensor(known, device=label.device)
+        pick = torch.tensor(known, dtype=torch.int64, device=label.device)
         student = _images(student, pick)
     return mask_classification_loss(student, [targets[i] for i in known], num_points=num_points)["total"]
 
@@ -370,17 +373,19 @@ class ReinA:
 
     def _mask_loss(self, output, p_t, m_t, inside, q):
         "Eq. 16, and its two variants."
-        if self.soft_masks: m_t = m_t + torch.rand(m_t.shape, device=m_t.device).logit()    # is above 0 with the mask's probability
+        if self.soft_masks: m_t = m_t + own(torch.rand(len(m_t) * place()[1], *m_t.shape[1:], device=m_t.device)).logit()    # is above 0 with the mask's probability
         if not self.q_on_mask: return paired_loss(output, p_t, m_t, inside)["total"]
         alone = [slice(i, i + 1) for i in range(len(q))]
-        return sum(q[i] * paired_loss(_images(output, i), p_t[i], m_t[i], inside[i])["total"] for i in alone).squeeze() / len(q)
+        return sum(q[i] * paired_loss(_images(output, i), p_t[i], m_t[i], inside[i], whole=False)["total"] for i in alone).squeeze() / len(q)
 
     def _watch(self, terms, watch, pseudo, inside, iteration):
         "One copy to the host of everything that is logged; the guard looks at it."
-        count = inside.sum().clamp(min=1)
         classes = torch.zeros(self.segmenter.num_classes, device=inside.device).index_add_(0, pseudo.label.flatten(), inside.flatten().float())
+        sure = ((pseudo.top >= self.tau) & inside).sum()
+        q, sure, count, classes, *values = average([pseudo.q.mean(), sure, inside.sum(), classes, *terms.values()])    # every process's guard sees the same
+        terms, count = dict(zip(terms, values)), count.clamp(min=1)
         losses, shares = list(terms), {f"share_{name.replace(' ', '_')}": share for name, share in zip(self.source.classes, classes / count)}
-        terms = dict(terms, q=pseudo.q.mean(), above_tau=((pseudo.top >= self.tau) & inside).sum() / count, largest_class=classes.max() / count, **watch, **shares)
+        terms = dict(terms, q=q, above_tau=sure / count, largest_class=classes.max() / count, **watch, **shares)
         values = torch.stack([value.float() for value in terms.values()]).cpu()
         floats = dict(zip(terms, values.tolist()))
         self.guard.check(iteration, {name: floats[name] for name in losses}, floats["q"], floats["largest_class"])
