@@ -29,7 +29,7 @@ from torch import nn
 
 from . import losses
 from .backbones import extract_features, held_bytes
-from .datasets import data_folder
+from .datasets import data_folder, write_atomically
 from .engines import pack
 from .experiments import PRESETS, commit, versions
 from .labels import CLASSES, IGNORE
@@ -38,7 +38,7 @@ from .mask2former import HeadOutput, Mask2Former, open_rows, semantic_scores
 from .proposals import compose, pad, unpack
 from .rein_a import ReinA, hide_blocks, mix_images, pseudo_label, run_teacher, stm_label
 from .rein_g import ReinG
-from .segmenter import Segmenter, create_segmenter, write_atomically
+from .segmenter import Segmenter, create_segmenter
 from .stm import STM
 from .train import Generalize
 from .transforms import TrainTransform

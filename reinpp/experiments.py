@@ -408,7 +408,7 @@ def estimate(
     data_root: str | Path | None = None,
     steps: int = 3,  # measured steps of each kind
 ) -> str:
-    "One line for each run with the hours that its training will take here, from measured steps, and a total. Starting models that are missing are counted."
+    "One line for each run with the time that its training will take here, from measured steps, on a GPU its peak memory, and a total. Starting models that are missing are counted."
     runs = Path(runs) if runs else data_folder() / "runs"
     needed = {}
     for e in experiments:
@@ -421,12 +421,17 @@ def estimate(
             torch.manual_seed(0)
             objective = objective_of(one, create_segmenter(**one.model), data_root, runs)
             fit(objective, **one.training | dict(iterations=1, warmup=0), progress="none")
-            cost[kind] = fit(objective, **one.training | dict(iterations=steps, warmup=0), progress="none")["seconds_per_iteration"]
-        hours = cost[kind] * one.training["iterations"] / 3600
+            made = fit(objective, **one.training | dict(iterations=steps, warmup=0), progress="none")
+            cost[kind] = made["seconds_per_iteration"], f", {made['peak_memory'] / 1e9:.1f} GB" if made["peak_memory"] else ""
+        seconds, memory = cost[kind]
+        hours = seconds * one.training["iterations"] / 3600
         total += hours
-        lines.append(f"{one}: {cost[kind]:.2f} s an iteration, about {60 * hours:.0f} min")
+        lines.append(f"{one}: {seconds:.2f} s an iteration, {_duration(hours)}{memory}")
     only = len(experiments) - sum(e.training_key in needed for e in experiments)
-    return "\n".join(lines + [f"in total about {60 * total:.0f} min of training here" + (f"; {only} runs are trained already and only need their evaluation" if only else "")])
+    return "\n".join(lines + [f"in total {_duration(total)} of training here" + (f"; {only} runs are trained already and only need their evaluation" if only else "")])
+
+
+def _duration(hours: float) -> str: return f"about {60 * hours:.0f} min" if hours < 2 else f"about {hours:.1f} h"
 
 # %% ../nbs/15_experiments.ipynb #5f52ef70
 def wanted(

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset as TorchDataset
 
-from .datasets import Sampler, fold
+from .datasets import Sampler, fold, write_atomically
 from .losses import normalized_score_loss, segmentation_loss
 from .mask2former import semantic_scores
 from .processes import average, gather, join, own, place, wait
 from .rein_a import start_teacher, update_teacher, use_weights
-from .segmenter import Segmenter, write_atomically
+from .segmenter import Segmenter
 from .transforms import adv_style, pasta
 
 # %% ../nbs/13_train.ipynb #354d4484

@@ -21,7 +21,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 NUMBERED = re.compile(r"^([0-9][0-9][a-z]?_|index[.])")
 WITH_PARAMETERS = [path for path in NOTEBOOKS if not NUMBERED.match(path.name)]
 # Imports only ever point up this list.
-ROOMS = """labels scenes datasets check transforms backbones rein_g baselines mask2former semantic_fpn losses segmenter official
+ROOMS = """labels scenes datasets check transforms backbones rein_g baselines mask2former semantic_fpn processes losses segmenter official
            export engines proposals stm rein_a train evaluate submissions cityscapes_c experiments report bench explore""".split()
 QUARTET = "nbdev", "fastcore", "execnb", "ghapi"
 
