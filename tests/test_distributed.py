@@ -49,9 +49,10 @@ def generalize(adapter="rein_g", head="mask2former", **options):
 def rein_a(**options):
     stores = [make_proposals(d, "instances", reduction=2) for d in (day(), night())]
     student = segmenter()
-    with torch.no_grad():  # a new head says the same with all of its queries: here some of them find a class, in some images
-        student.adapter.tokens_a.mul_(300)
-        for p in student.head.decoder.parameters(): p.mul_(4 if p.ndim > 1 else 1)
+    with torch.no_grad():  # queries that differ; some of them find a class, in some images
+        student.adapter.tokens_a.mul_(30)
+        student.head.decoder.class_head.weight.mul_(2)
+        student.head.decoder.class_head.bias[-1] -= 0.8
     objective = ReinA(student, day(), night(), SMALL, *stores, stm=STM.like(student, decoder_layers=1), **dict(rcs=False, tau=TAU, ema=0.9, mask_block=16, num_points=64, stm_least=0.0) | options)
     return _with_gaps(objective, "source_label")
 
@@ -215,11 +216,12 @@ def test_gradients_weights_and_log_are_those_of_one_process(name, run, alone):
     (first, second), folder, _ = run
     one, where = alone(name)
     for step, expected in enumerate(one["gradients"]):
+        largest = max(g.abs().max() for g in expected.values() if g is not None)
         for n, gradient in expected.items():
             for there in (first, second):
                 found = there[name]["gradients"][step][n]
                 assert (found is None) == (gradient is None), (step, n)
-                if gradient is not None: assert torch.allclose(found, gradient, rtol=1e-4, atol=1e-5), (step, n, (found - gradient).abs().max())
+                if gradient is not None: assert (found - gradient).abs().max() <= 1e-5 * largest, (step, n, (found - gradient).abs().max(), largest)
     a, b, c = (dict(flat(made["state"])) for made in (one, first[name], second[name]))
     assert a.keys() == b.keys() and all(torch.equal(b[n], c[n]) for n in b), "both processes hold the same weights, bit for bit"
     close(b, one)
