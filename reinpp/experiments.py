@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'METHOD_VERSION', 'PRESETS', 'Experiment', 'open_domain', 'Preset', 'plan', 'Ledger', 'find_adapter',
            'build', 'objective_of', 'run', 'commit', 'versions', 'missing_for_paper', 'choose_preset', 'check_names',
-           'check_parameters', 'estimate', 'wanted', 'fill', 'schedule']
+           'check_parameters', 'estimate', 'wanted', 'fill', 'schedule', 'main']
 
 # %% ../nbs/15_experiments.ipynb #af6c51c5
 import contextlib
@@ -23,6 +23,7 @@ import torch
 
 from .datasets import DATASETS, Dataset, Sampler, concat, data_folder, open_dataset, write_atomically
 from .evaluate import evaluate, evaluate_set
+from .processes import join, place, tell, wait
 from .proposals import make_proposals
 from .rein_a import ReinA
 from .segmenter import Segmenter, create_segmenter, read_adapter
@@ -263,7 +264,8 @@ def objective_of(
     target = open_domain(experiment.target, data_root, labels=False)
     kept = lambda domain: None if engine == "instances" else Path(runs or data_folder() / "runs") / "proposals" / f"{domain.replace(':', '_').replace('/', '_')}_{engine}_{reduction}"
     with_stm = a.pop("use_stm", True)
-    stores = [make_proposals(dataset, engine, kept(domain), reduction, progress=True) for dataset, domain in ((source, experiment.source), (target, experiment.target))] if with_stm else []
+    stores = [make_proposals(dataset, engine, kept(domain), reduction, shard=place(), progress=place()[0] == 0) for dataset, domain in ((source, experiment.source), (target, experiment.target))] if with_stm else []
+    wait()  # for the other processes' share of the proposals
     return ReinA(segmenter, source, target, transform, *stores, stm=STM.like(segmenter, **stm) if with_stm else None, rcs=d["rcs"], num_points=d["num_points"], **a)
 
 
@@ -274,27 +276,27 @@ def run(
     data_root: str | Path | None = None,
     **options,  # of `fit`: workers, device, precision, progress
 ) -> dict:  # the record
-    "The record of a run: from the ledger, or made now (and what it starts from as well). Interrupted runs resume. FileNotFoundError or ValueError, before anything is trained, for a domain that cannot be opened."
+    "The record of a run: from the ledger, or made now (and what it starts from as well). Interrupted runs resume. Under `torchrun` all processes call this together and make one run; the first one keeps the books. FileNotFoundError or ValueError, before anything is trained, for a domain that cannot be opened."
     ledger, runs = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs"
-    if (record := ledger.get(experiment)) is not None: return record
+    device, first = join(options.get("device")), place()[0] == 0
+    if (record := tell(ledger.get(experiment))) is not None: return record
     for domain in experiment.evaluate_on: open_domain(domain, data_root)  # now, rather than after hours of training
-    if experiment.start is not None and find_adapter(experiment.start, runs) is None: run(experiment.start, ledger, runs, data_root, **options)
+    if experiment.start is not None and tell(find_adapter(experiment.start, runs)) is None: run(experiment.start, ledger, runs, data_root, **options)
     folder = runs / experiment.training_key
-    with _locked(folder):
-        if (record := ledger.get(experiment)) is not None: return record  # somebody else has just made it
+    with _locked(folder) if first else contextlib.nullcontext():
+        if (record := tell(ledger.get(experiment))) is not None: return record  # somebody else has just made it
         began, made_by = time.time(), commit()  # the commit that is running, whatever is committed meanwhile
         segmenter = build(experiment, runs)
-        trained = find_adapter(experiment, runs)
+        trained = tell(find_adapter(experiment, runs))
         if trained is None:
-            print(f"training {experiment}", flush=True)
+            if first: print(f"training {experiment}", flush=True)
             made = fit(objective_of(experiment, segmenter, data_root, runs), run_dir=folder, seed=experiment.seed, **experiment.training, **options)
-            training = {k: made[k] for k in ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory")} | dict(commit=made_by)
-            segmenter.save_adapter(folder / "adapter", record=dict(key=experiment.training_key, run=str(experiment), training=training))
+            training = {k: made[k] for k in ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory")} | dict(commit=made_by) | {k: made[k] for k in ("processes",) if k in made}
+            if first: segmenter.save_adapter(folder / "adapter", record=dict(key=experiment.training_key, run=str(experiment), training=training))
         else:
             training = read_adapter(trained)[0]["record"]["training"]
             segmenter.load_adapter(trained)
-        print(f"evaluating {experiment} on {', '.join(experiment.evaluate_on)}", flush=True)
-        device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        if first: print(f"evaluating {experiment} on {', '.join(experiment.evaluate_on)}", flush=True)
         segmenter.to(device)
         metrics = {}
         for domain in experiment.evaluate_on:
@@ -302,9 +304,9 @@ def run(
             metrics[domain] = {k: result[k] for k in ("miou", "pixel_accuracy", "iou", "images")}
         record = dict(key=experiment.key, config=experiment.config(), metrics=metrics, training=training, seconds=round(time.time() - began, 1),
                       parameters=segmenter.trainable_parameters(), versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
-        ledger.put(experiment, record)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
-    return ledger.get(experiment)  # as anybody will read it
+        if first: ledger.put(experiment, record)
+    if first: (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
+    return tell(ledger.get(experiment) if first else None)  # as anybody will read it
 
 
 def _evaluate(segmenter, domain, experiment, data_root):
@@ -482,3 +484,30 @@ def schedule(
     busy = [0.0] * gpus
     for one in sorted(hours, reverse=True): busy[busy.index(min(busy))] += one
     return max(busy)
+
+# %% ../nbs/15_experiments.ipynb #c0ffee16
+def main(
+    arguments=None,  # list of str; None: the command line's
+) -> dict:  # the record
+    "`python -m reinpp.experiments`: one run into the ledger, unless it is there. Ends with one line that says what is wrong."
+    import argparse
+    parser = argparse.ArgumentParser(prog="python -m reinpp.experiments", description="Make the record of one run; torchrun -m reinpp.experiments makes it on several GPUs. Run again to go on.")
+    parser.add_argument("preset", choices=list(PRESETS))
+    parser.add_argument("method", choices=list(METHODS))
+    parser.add_argument("--target", help="short name of the target of rein_a")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--setting", help="another source: a name of the preset's settings")
+    parser.add_argument("--limit-iterations", type=int, help="cut every training to so many iterations: another record")
+    parser.add_argument("--data-root", help="folder that holds the datasets (default: data/ of the checkout)")
+    parser.add_argument("--results", help="folder of the ledger (default: data/results)")
+    parser.add_argument("--runs", help="folder of checkpoints and adapters (default: data/runs)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes of each process (default 0)")
+    a = parser.parse_args(arguments)
+    try:
+        record = run(plan(a.preset, a.method, a.seed, a.target, a.limit_iterations, setting=a.setting), Ledger(a.results), a.runs, a.data_root, workers=a.workers)
+    except (ValueError, OSError) as error: raise SystemExit(f"experiments: {error}") from None
+    if place()[0] == 0: print("\n".join(f"{domain}: mIoU {100 * m['miou']:.1f}" for domain, m in record["metrics"].items()))
+    return record
+
+
+if __name__ == "__main__" and globals().get("__package__") == "reinpp": main()  # python -m, not a notebook
