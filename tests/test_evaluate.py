@@ -210,7 +210,8 @@ def test_shrink_is_pillows_half():
 def test_acdc_is_the_mean_over_conditions(monkeypatch):
     module = sys.modules["reinpp.evaluate"]
     opened = []
-    def fake(name, split, root=None):
+    def fake(name, split, root=None, on_error=None):
+        assert on_error == "stop", "a stand-in would be counted twice"
         opened.append((name, split, root))
         return random_set(SIZES[: 1 + len(opened)], seed=len(opened))
     monkeypatch.setattr(module, "open_dataset", fake)

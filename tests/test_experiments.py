@@ -100,3 +100,8 @@ def test_estimate_counts_the_start(tmp_path):
     said = estimate([small("control")], tmp_path / "runs", steps=1)
     assert "rein_g" in said and "control" in said and "in total" in said
     assert find_adapter(small("control"), tmp_path / "runs") is None, "an estimate leaves nothing behind"
+
+
+@pytest.mark.parametrize("arguments, says", [(["tiny", "rein_a"], "experiments: target=None is unknown"), (["tiny", "freeze", "--setting", "sunny"], "experiments: setting='sunny'")])
+def test_the_command_line_ends_with_one_line(arguments, says, tmp_path):
+    with pytest.raises(SystemExit, match=says): experiments.main([*arguments, "--results", str(tmp_path)])
