@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'METHOD_VERSION', 'PRESETS', 'Experiment', 'open_domain', 
            'build', 'objective_of', 'run', 'commit', 'versions', 'missing_for_paper', 'choose_preset', 'check_names',
            'check_parameters', 'estimate', 'wanted', 'fill', 'schedule', 'main']
 
-# %% ../nbs/15_experiments.ipynb #af6c51c5
+# %% ../nbs/15_experiments.ipynb #0b95b4c7
 import contextlib
 import dataclasses
 import hashlib
@@ -143,7 +143,7 @@ PRESETS = {
                 acdc=("acdc:train", "acdc:val"), darkzurich=("darkzurich:train", "darkzurich:val"), bdd=_PAPER_TARGETS["bdd"], map=_PAPER_TARGETS["map"]))}),
 }
 
-# %% ../nbs/15_experiments.ipynb #79cc61f5
+# %% ../nbs/15_experiments.ipynb #75e300b3
 def plan(
     preset: str,  # a key of `PRESETS`
     method: str,  # one of `METHODS`
@@ -221,7 +221,7 @@ def _without_nan(value):
     if isinstance(value, (list, tuple)): return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
-# %% ../nbs/15_experiments.ipynb #452db7a2
+# %% ../nbs/15_experiments.ipynb #1321a161
 def find_adapter(
     experiment: Experiment,
     runs: Path,  # folder of runs
@@ -345,7 +345,7 @@ def _locked(folder: Path):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/15_experiments.ipynb #2381992b
+# %% ../nbs/15_experiments.ipynb #13d66459
 def missing_for_paper(data_root: str | Path | None = None) -> list[str]:
     "One line for each thing that the paper preset lacks here: a GPU, a dataset that it trains on or is evaluated on (and where to get it and to put it), or a package."
     lacks = [] if torch.cuda.is_available() else ["no NVIDIA GPU is visible to torch: DINOv2-L at batch 4 wants one with 16 GB or more"]
@@ -370,7 +370,7 @@ def choose_preset(
         return "tiny" if lacks else "paper"
     return preset
 
-# %% ../nbs/15_experiments.ipynb #6b3856e9
+# %% ../nbs/15_experiments.ipynb #12c01391
 def check_names(
     namespace: dict,  # `globals()` of the notebook, before anything else is defined
     known: str,  # names of its parameters, separated by blanks
@@ -435,7 +435,7 @@ def estimate(
 
 def _duration(hours: float) -> str: return f"about {60 * hours:.0f} min" if hours < 2 else f"about {hours:.1f} h"
 
-# %% ../nbs/15_experiments.ipynb #5f52ef70
+# %% ../nbs/15_experiments.ipynb #e29c4121
 def wanted(
     preset: str,
     rows: dict,  # row label -> arguments of `plan` (method, model, setting, changes to the adaptation)
@@ -485,7 +485,7 @@ def schedule(
     for one in sorted(hours, reverse=True): busy[busy.index(min(busy))] += one
     return max(busy)
 
-# %% ../nbs/15_experiments.ipynb #c0ffee16
+# %% ../nbs/15_experiments.ipynb #eb71fce1
 def main(
     arguments=None,  # list of str; None: the command line's
 ) -> dict:  # the record

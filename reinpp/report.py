@@ -7,7 +7,7 @@ __all__ = ['SHORT', 'LABELS', 'ROWS', 'mean_spread', 'in_percent', 'found', 'com
            'paper_table', 'above', 'verdicts', 'footer', 'markdown', 'beside', 'beside_wide', 'mark_best',
            'export_table', 'prediction_grid']
 
-# %% ../nbs/16_report.ipynb #6153617a
+# %% ../nbs/16_report.ipynb #9c949858
 import itertools
 import math
 import re
@@ -21,11 +21,11 @@ from .datasets import data_folder
 from .experiments import PRESETS, Ledger, plan
 from .labels import CLASSES, colorize
 
-# %% ../nbs/16_report.ipynb #c013fb90
+# %% ../nbs/16_report.ipynb #c2666892
 SHORT = dict(zip(CLASSES, ("Road", "S.walk", "Build.", "Wall", "Fence", "Pole", "Tr.Light", "Sign", "Vege.", "Terrain", "Sky", "Person", "Rider", "Car", "Truck", "Bus", "Train", "M.bike", "Bike")))
 LABELS = {"freeze": "Freeze", "full": "Full", "rein_g": "Rein-G (source)", "control": "control (source only)", "rein_a": "Rein-A"}
 
-# %% ../nbs/16_report.ipynb #91bd739d
+# %% ../nbs/16_report.ipynb #8c510e74
 def mean_spread(
     values: list[float],  # one a seed; None and NaN are left out
 ) -> tuple[float, float | None, int]:  # mean, sample standard deviation (None for fewer than two), count
@@ -43,7 +43,7 @@ def in_percent(
     mean, spread, count = mean_spread(values)
     return "–" if not count else f"{100 * mean:{sign}.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
 
-# %% ../nbs/16_report.ipynb #010b72f4
+# %% ../nbs/16_report.ipynb #173f29fa
 ROWS = {label: dict(method=method) for method, label in LABELS.items()}
 
 
@@ -199,7 +199,7 @@ def markdown(table: pd.DataFrame) -> str:
     rows = [list(flat.columns), ["---"] * flat.shape[1], *flat.astype(str).values.tolist()]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
-# %% ../nbs/16_report.ipynb #3a5dc0f7
+# %% ../nbs/16_report.ipynb #7b15fe14
 def beside(
     cells: list[tuple],  # (name of the row, printed number or "N/A", arguments of `plan` for the paper preset, or in words why there are none, target or a tuple of targets: their mean, seed by seed)
     ledger: Ledger | None = None,
