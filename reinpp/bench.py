@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'PARTS', 'LEVERS', 'COLORS', 'Row', 'PlainReinG', 'PlainPixels', 'PlainHead', 'PlainLoss', 'Plain',
            'PlainReinA', 'synthetic_batch', 'arithmetic', 'Job', 'Clock', 'dissect', 'shares', 'KeptForBackward',
            'kept_bytes', 'operations', 'peak_speed', 'Sizes', 'measure_levers', 'data_seconds', 'measure', 'bench',
-           'save', 'records', 'table', 'ratios', 'levers_table', 'chart', 'paper_costs', 'beside_table',
+           'save', 'records', 'table', 'skipped', 'ratios', 'levers_table', 'chart', 'paper_costs', 'beside_table',
            'beside_ratios', 'main']
 
 # %% ../nbs/16b_bench.ipynb #8cb7faac
@@ -639,14 +639,14 @@ class Sizes:
 
 
 def _compare(device, repeats, **ways):
-    "Median seconds of each way, in turns, the bytes that it keeps for a backward, and, of ways that return tensors, the largest difference between them, as a share of the largest number (None: they return nothing)."
+    "What a record says of two ways, by name: median `seconds`, in turns; the `bytes` kept for a backward; and, of ways that return tensors, the largest `difference` between them, as a share of the largest number (None: they return nothing)."
     times, kept, results = {name: [] for name in ways}, {}, []
     for name, way in ways.items():
         with KeptForBackward() as books: results.append(way())
         kept[name] = books.peak
     for _ in range(repeats):
         for name, way in ways.items(): times[name].append(_seconds(way, device))
-    return {name: statistics.median(t) for name, t in times.items()}, kept, _difference(*results)
+    return dict(seconds={name: statistics.median(t) for name, t in times.items()}, bytes=kept, difference=_difference(*results))
 
 
 def _difference(one, other):
@@ -733,7 +733,7 @@ def _one_teacher_pass(device, s: Sizes):
 
 def _backward_per_branch(device, s: Sizes):
     kept = kept_bytes(Job(s.row_a, device=device))
-    return {}, dict(without=kept.total, given=kept.peak)
+    return dict(bytes=dict(without=kept.total, given=kept.peak))
 
 
 def _through_the_backbone(job):
@@ -818,7 +818,7 @@ def _cuda_graphs(device, s: Sizes):
 def _held(device, s: Sizes, hold):
     made = {name: held_bytes(create_segmenter(**PRESETS[s.row_g.preset].model | dict(pretrained=False) | s.row_g.model | dict(backbone_args=dict(s.row_g.model.get("backbone_args", {}), hold=h))).backbone)
             for name, h in (("without", "fp32"), ("given", hold))}
-    return {}, made
+    return dict(bytes=made)
 
 
 LEVERS = {  # name -> (measurement or None, what is compared)
@@ -850,9 +850,8 @@ def measure_levers(device: torch.device, sizes: Sizes = Sizes()) -> list[dict]:
         if measure is None:
             if device.type != "cuda": record["skipped"] = "needs an NVIDIA GPU"
         else:
-            try: seconds, kept, *difference = measure(device, sizes)
+            try: record |= measure(device, sizes)
             except (ImportError, ValueError) as error: record["skipped"] = str(error).splitlines()[0][:160]
-            else: record |= dict(seconds=seconds, bytes=kept, difference=next(iter(difference), None))
         found.append(record)
     return found
 
@@ -978,20 +977,26 @@ def records(
 
 # %% ../nbs/16b_bench.ipynb #ff088e83
 def table(record: dict):
-    "All rows as a pandas table: skipped ones say why."
+    "The measured rows as a pandas table; `skipped` names the others."
     import pandas as pd
     mega = lambda v: None if v is None else round(v / 1e6, 1)
     lines = []
     for r in record["rows"]:
-        line = {"row": r["row"], "path": r.get("path", ""), "precision": r.get("precision", ""), "batch": r.get("batch", ""), "held": r.get("hold", "")}
-        if "skipped" in r: lines.append(line | {"note": f"skipped: {r['skipped']}"})
-        else: lines.append(line | {
-            "s a step": round(r["seconds"], 4), "fastest": round(r["fastest"], 4), "slowest": round(r["slowest"], 4), "images/s": round(r["images_per_second"], 2),
+        if "skipped" not in r: lines.append({
+            "row": r["row"], "path": r["path"], "precision": r["precision"], "batch": r["batch"], "held": r.get("hold", ""), "s a step": round(r["seconds"], 4), "fastest": round(r["fastest"], 4), "slowest": round(r["slowest"], 4), "images/s": round(r["images_per_second"], 2),
             "peak memory, MB": "not measured" if r["peak_memory"] is None else mega(r["peak_memory"]), "kept for backward, MB": mega(r["kept_bytes"]),
             "GFLOP": None if r["operations"] is None else round(r["operations"] / 1e9, 1), "% of peak": round(100 * r["share_of_peak"], 1) if "share_of_peak" in r else None,
             **{f"% {part}": round(100 * share) for part, share in r["shares"].items()}, "data, s": None if r["data_seconds"] is None else round(r["data_seconds"], 4),
-            "loss": None if r["loss"] is None else round(r["loss"], 2), "note": ""})
-    return pd.DataFrame(lines).set_index(["row", "path", "precision"]).pipe(lambda t: t.astype(object).where(t.notna(), ""))
+            "loss": None if r["loss"] is None else round(r["loss"], 2)})
+    return pd.DataFrame(lines, columns=None if lines else ["row", "path", "precision"]).set_index(["row", "path", "precision"]).pipe(lambda t: t.astype(object).where(t.notna(), ""))
+
+
+def skipped(record: dict) -> str:
+    "One line for each reason, with the rows and levers that were not measured for it."
+    reasons = {}
+    for r in (*record["rows"], *record["levers"]):
+        if "skipped" in r: reasons.setdefault(r["skipped"], []).append(r.get("row") or r["lever"])
+    return "\n".join(f"not measured, {reason}: {', '.join(names)}" for reason, names in reasons.items()) or "all rows were measured"
 
 
 def ratios(record: dict):
@@ -1011,8 +1016,9 @@ def levers_table(record: dict):
     import pandas as pd
     times = lambda pair: f"{pair['without'] / pair['given']:.2f}x" if pair and pair["given"] and pair["without"] else ""
     mega = lambda pair: f"{pair['without'] / 1e6:.1f} -> {pair['given'] / 1e6:.1f}" if pair and pair["without"] else ""
-    return pd.DataFrame([{"lever": r["lever"], "time without / with": times(r.get("seconds")), "bytes without / with": times(r.get("bytes")), "MB": mega(r.get("bytes")),
-                          "largest difference": "" if r.get("difference") is None else f"{r['difference']:.0e}", "note": r["note"] + (f"; skipped: {r['skipped']}" if "skipped" in r else "")} for r in record["levers"]]).set_index("lever")
+    lines = [{"lever": r["lever"], "time without / with": times(r.get("seconds")), "bytes without / with": times(r.get("bytes")), "MB": mega(r.get("bytes")),
+                          "largest difference": "" if r.get("difference") is None else f"{r['difference']:.0e}", "note": r["note"]} for r in record["levers"] if "skipped" not in r]
+    return pd.DataFrame(lines, columns=None if lines else ["lever"]).set_index("lever")
 
 
 COLORS = dict(zip(PARTS, ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#edc948", "#9c755f", "#bab0ac")))
@@ -1102,9 +1108,9 @@ def main(
     if a.threads: torch.set_num_threads(a.threads)
     try: record = bench(a.rows, a.steps, a.warmup, not a.no_levers, not a.no_reference, a.device)
     except (ValueError, ImportError) as error: parser.error(str(error))
-    print(table(record).to_string(), ratios(record).to_string(), *([levers_table(record).to_string()] if record["levers"] else []), sep="\n\n")
+    print(table(record).to_string(), ratios(record).to_string(), levers_table(record).to_string(), skipped(record), sep="\n\n")
     print("written", os.path.relpath(save(record, a.out)))
     return record
 
 
-if __name__ == "__main__" and globals().get("__spec__") is not None: main()  # not in a notebook
+if __name__ == "__main__" and globals().get("__package__") == "reinpp": main()  # python -m, not a notebook

@@ -200,4 +200,4 @@ def main(arguments=None) -> int:
     return 0 if report.ok else 1
 
 # %% ../nbs/02b_check.ipynb #5ea1c3e1
-if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", None) == "reinpp.check": sys.exit(main())
+if __name__ == "__main__" and globals().get("__package__") == "reinpp": sys.exit(main())  # python -m, not a notebook

@@ -12,13 +12,12 @@ import contextlib, sys, time
 from pathlib import Path
 
 import torch
-from torch import distributed
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 
 from .datasets import Dataset, open_dataset, write_atomically
 from .labels import CLASSES, IGNORE, PALETTE, overlay
-from .processes import place
+from .processes import gather, place
 from .transforms import resize_image, short_edge_size
 
 # %% ../nbs/14_evaluate.ipynb #0297c29e
@@ -127,9 +126,7 @@ def evaluate(
         for name, prediction, label, image in stream:
             confusion.update(prediction.long(), label.to(device).long())
             if save is not None: save_prediction(save, name, prediction, image)
-    matrix = confusion.compute()
-    if world > 1: distributed.all_reduce(matrix)
-    matrix = matrix.cpu()
+    matrix = gather(confusion.compute()[None]).sum(0).cpu()
     iou = iou_from_confusion(matrix)
     iou[[c for c in range(K) if c not in dataset.evaluated]] = torch.nan
     return dict(iou=dict(zip(dataset.classes, iou.tolist())), miou=iou.nanmean().item(), pixel_accuracy=(matrix.diagonal().sum() / matrix.sum()).item(), images=len(dataset),

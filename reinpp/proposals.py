@@ -354,7 +354,7 @@ def _values(parser, pairs):
     return found
 
 
-if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", None) == "reinpp.proposals": main()    # python -m, not a notebook
+if __name__ == "__main__" and globals().get("__package__") == "reinpp": main()    # python -m, not a notebook
 
 # %% ../nbs/10_proposals.ipynb #567b3d4c
 def warp(

@@ -81,13 +81,12 @@ def comparison(
     look = lambda label, target: found(preset, rows[label], target, ledger, short_iterations, limit_iterations)
     for target in targets or p.targets:
         domain = p.targets[target][1]
-        of_base = {r["config"]["seed"]: r for r in (look(base, target) if base in rows else [])}
+        of_base = look(base, target) if base in rows else []
         for label in rows:
             records = look(label, target)
             values = lambda key, where: [r["metrics"][where][key] for r in records if where in r["metrics"]]
-            gains = [r["metrics"][domain]["miou"] - other["metrics"][domain]["miou"] for r in records if (other := of_base.get(r["config"]["seed"])) and _as_long(r, other)]
             table.append({"target": target, "method": label, "mIoU": in_percent(values("miou", domain)),
-                          "difference": "" if label == base else in_percent(gains, "+"), "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
+                          "difference": "" if label == base else in_percent(_differences(records, of_base, domain), "+"), "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
                           "source mIoU": in_percent(values("miou", p.source_val)) if p.source_val else "–", "seeds": len(records),
                           "iterations": records[0]["config"]["training"]["iterations"] if records else "–", "status": "measured" if records else "not run"})
     return pd.DataFrame(table).set_index(["target", "method"])
@@ -147,10 +146,8 @@ def above(
     other: list[dict],  # of another
     domain: str,
 ) -> tuple[float, float, int]:  # mean difference, its sample standard deviation (NaN below two seeds), seeds in common; fractions
-    "Difference of target mIoU, paired by seed."
-    a, b = ({r["config"]["seed"]: r["metrics"][domain]["miou"] for r in records} for records in (better, other))
-    differences = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
-    mean, spread, count = mean_spread(differences)
+    "Difference of target mIoU, paired by seed, of runs of the same length."
+    mean, spread, count = mean_spread(_differences(better, other, domain))
     return mean, math.nan if spread is None else spread, count
 
 
@@ -162,20 +159,26 @@ def verdicts(
     label: str = LABELS["rein_a"],  # the row that should be above
     others: tuple = (LABELS["rein_g"], LABELS["control"]),  # the rows it should be above
     short_iterations: int | None = None,
+    targets: list | None = None,  # None: all of the preset
 ) -> list[str]:
     "One sentence for each target and comparison, from the records."
     lines = []
-    for target, (_, domain) in PRESETS[preset].targets.items():
+    for target in targets or PRESETS[preset].targets:
+        domain = PRESETS[preset].targets[target][1]
         look = lambda name: found(preset, rows[name], target, ledger, short_iterations, limit_iterations)
         for other in others:
             ours, theirs = look(label), look(other)
             mean, spread, count = above(ours, theirs, domain)
             start = f"{target}: {label} against {other}: "
-            if count and not _as_long(ours[0], theirs[0]): lines.append(start + "runs of different length, not compared")
-            elif not count: lines.append(start + "not run")
+            if not count: lines.append(start + ("not compared, no two runs have the same seed and length" if ours and theirs else "not run"))
             elif count == 1: lines.append(start + f"{100 * mean:+.1f} mIoU on one seed, so nothing can be said about the spread")
             else: lines.append(start + f"{100 * mean:+.1f} ± {100 * spread:.1f} mIoU over {count} seeds: " + ("above by more than the spread" if mean > spread else "NOT above by more than the spread"))
     return lines
+
+
+def _differences(better, other, domain):
+    a, b = ({r["config"]["seed"]: r for r in records} for records in (better, other))
+    return [a[s]["metrics"][domain]["miou"] - b[s]["metrics"][domain]["miou"] for s in sorted(a.keys() & b.keys()) if _as_long(a[s], b[s])]
 
 
 def _as_long(a, b):
@@ -210,12 +213,11 @@ def beside(
         reason, row = (row, {}) if isinstance(row, str) else ("not run: needs the datasets and a GPU", row)
         settings = PRESETS["paper"].settings.get(row.get("setting"), {}).get("targets", PRESETS["paper"].targets)
         several = target if isinstance(target, tuple) else (target,)
-        by_seed = [{r["config"]["seed"]: 100 * r["metrics"][settings[t][1]]["miou"] for r in found("paper", row, t, ledger)} if row else {} for t in several]
-        mean, spread, count = mean_spread([statistics.fmean(one[seed] for one in by_seed) for seed in sorted(set.intersection(*map(set, by_seed)))])
+        by_seed = [{r["config"]["seed"]: r["metrics"][settings[t][1]]["miou"] for r in found("paper", row, t, ledger)} if row else {} for t in several]
+        values = [statistics.fmean(one[seed] for one in by_seed) for seed in sorted(set.intersection(*map(set, by_seed)))]
         number = float(printed) if str(printed).replace(".", "", 1).isdigit() else None
-        table.append({"row": name, "paper": printed, "ours": "–" if not count else f"{mean:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""),
-                      "difference": f"{mean - number:+.1f}" if count and number is not None else "–", "n": count,
-                      "status": "measured" if count else reason})
+        table.append({"row": name, "paper": printed, "ours": in_percent(values), "difference": f"{100 * statistics.fmean(values) - number:+.1f}" if values and number is not None else "–",
+                      "n": len(values), "status": "measured" if values else reason})
     return pd.DataFrame(table).set_index("row")
 
 

@@ -9,25 +9,15 @@ import pytest
 import torch
 
 from reinpp import bench as module, losses
-from reinpp.bench import ROWS, Job, KeptForBackward, PlainHead, PlainLoss, PlainReinG, Row, Sizes, bench, dissect, kept_bytes, measure_levers, operations, ratios, save, shares, table
+from reinpp.bench import ROWS, Job, KeptForBackward, PlainHead, PlainLoss, PlainReinG, Row, Sizes, bench, dissect, kept_bytes, levers_table, measure_levers, operations, ratios, save, shares, skipped, table
 from reinpp.experiments import Ledger
 from reinpp.mask2former import Mask2Former
 from reinpp.rein_g import ReinG
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(model=dict(backbone_args=dict(depth=4), image_size=64), data=dict(crop=64, num_points=64, limit=8))
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    "One thread, and nobody else's random numbers."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -139,7 +129,8 @@ def test_rows_that_need_a_gpu_are_skipped_by_name(capsys):
     record = bench([n for n, r in ROWS.items() if r.gpu], levers=False, reference=False, device="cpu")
     assert [r["row"] for r in record["rows"]] == [n for n, r in ROWS.items() if r.gpu] and all(r["skipped"] == "needs an NVIDIA GPU" for r in record["rows"])
     assert "internvl_6b_rein_a_int4: skipped, needs an NVIDIA GPU" in capsys.readouterr().out
-    assert "needs an NVIDIA GPU" in table(record).to_string() and not len(ratios(record))
+    said = skipped(record)
+    assert said.startswith("not measured, needs an NVIDIA GPU: ") and all(n in said for n, r in ROWS.items() if r.gpu) and not len(table(record)) and not len(ratios(record)) and not len(levers_table(record))
     large = ROWS["dinov2_large_rein_g"]
     assert large.sizes["crop"] == 512 and large.batch == 4 and large.paths(torch.device("cuda")) == [("ours", "bf16"), ("ours", "float32"), ("reference", "tf32"), ("reference", "float32")]
     assert ROWS["internvl_6b_rein_a_int8"].paths(torch.device("cuda")) == [("ours", "bf16")]
@@ -187,11 +178,11 @@ def run_notebook(**parameters):
     return shown, namespace
 
 
-def test_the_notebook(tmp_path):
+def test_the_notebook(tmp_path, capsys):
     shown, names = run_notebook(rows=["tiny_inference", "dinov2_giant_rein_a"], steps=1, warmup=1, levers=False, results=str(tmp_path), device="cpu")
     assert len(list(tmp_path.glob("*.json"))) == 1
     text = "\n".join(t.to_string() for t in shown if hasattr(t, "to_string"))
-    assert "tiny_inference" in text and "skipped: needs an NVIDIA GPU" in text and "not measured here" in text
+    assert "tiny_inference" in text and "not measured here" in text and "not measured, needs an NVIDIA GPU: dinov2_giant_rein_a" in capsys.readouterr().out
     assert len(names["ratios"](names["record"])) == 1
     with pytest.raises(ValueError, match="unknown parameter row"): run_notebook(row=["head_512"])
 

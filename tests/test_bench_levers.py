@@ -12,21 +12,11 @@ from reinpp.bench import LEVERS, Job, Row, Sizes, beside_ratios, beside_table, r
 from reinpp.mask2former import open_rows
 from reinpp.segmenter import create_segmenter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(model=dict(backbone_args=dict(depth=4), image_size=64), data=dict(crop=64, num_points=64, limit=8))
 SIZES = Sizes(channels=64, grid=8, classes=3, predictions=2, points=64, row_g=Row("rein_g", **SMALL), row_a=Row("rein_a", **SMALL), repeats=1)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    "One thread, and nobody else's random numbers."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
 
 
 def segmenter_like_a_trained_one():
@@ -39,14 +29,14 @@ def segmenter_like_a_trained_one():
 @pytest.mark.parametrize("name", ["fused attention", "masked attention through a fused kernel", "gradient checkpointing per block", "teacher without a graph"])
 def test_results_are_those_of_the_plain_path(name):
     measure, _ = LEVERS[name]
-    seconds, kept, difference = measure(CPU, SIZES)
-    assert set(seconds) == {"without", "given"} and kept["given"] <= kept["without"] and difference < 1e-5
+    found = measure(CPU, SIZES)
+    assert set(found["seconds"]) == {"without", "given"} and found["bytes"]["given"] <= found["bytes"]["without"] and found["difference"] < 1e-5
 
 
 def test_differences_are_seen():
     def way(factor): return [factor * torch.ones(3, requires_grad=True), torch.zeros(2)]
-    assert module._compare(CPU, 1, without=lambda: way(1.0), given=lambda: way(1.5))[2] == pytest.approx(1 / 3)
-    assert module._compare(CPU, 1, without=lambda: None, given=lambda: None)[2] is None
+    assert module._compare(CPU, 1, without=lambda: way(1.0), given=lambda: way(1.5))["difference"] == pytest.approx(1 / 3)
+    assert module._compare(CPU, 1, without=lambda: None, given=lambda: None)["difference"] is None
 
 
 def test_the_plain_masked_attention_would_be_nan_without_open_rows():

@@ -11,19 +11,9 @@ from reinpp.losses import segmentation_loss
 from reinpp.rein_g import ReinG
 from reinpp.segmenter import create_segmenter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4)
 NARROW = dict(depth=4, embed_dim=48, num_heads=3)
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    "One thread, and nobody else's random numbers."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
 
 
 def make(backbone="tiny", adapter="rein_g", head="mask2former", hold="fp32", **more):
