@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset as TorchDataset
+from torch.utils.data import DataLoader, Dataset as TorchDataset, default_collate
 
-from .datasets import Sampler, fold, write_atomically
+from .datasets import BadFile, Sampler, fold, write_atomically
 from .losses import normalized_score_loss, segmentation_loss
 from .mask2former import semantic_scores
 from .processes import average, gather, join, own, place, wait
@@ -34,9 +34,15 @@ class _Draws(TorchDataset):
 
     def __init__(self, objective, seed: int): self.objective, self.seed = objective, seed
 
-    def __getitem__(self, key: int) -> dict:
+    def __getitem__(self, key: int) -> dict | BadFile:
         torch.manual_seed(fold(self.seed, key))
-        return self.objective.sample(key, self.seed)
+        try: return self.objective.sample(key, self.seed)
+        except BadFile as error: return error  # for `fit` to raise: out of a worker it would come with a traceback in its message
+
+
+def _batch(samples: list) -> dict | BadFile:
+    "Stacked samples, or the first bad file among them."
+    return next((sample for sample in samples if isinstance(sample, BadFile)), None) or default_collate(samples)
 
 # %% ../nbs/13_train.ipynb #90f213ad
 class Generalize:
@@ -174,7 +180,7 @@ def fit(
 ) -> dict:  # the run's record: iterations, seconds, losses, device, precision, peak memory
     """Train, from the last checkpoint in `run_dir` if there is one. Under `torchrun` all processes call this together, with the same weights, and share each batch.
 
-    Raises `ValueError` when the checkpoint belongs to other settings, or when processes cannot share the batch or start differently; `TrainingError` when a loss is not finite in any process; the last checkpoint stays.
+    Raises `ValueError` when the checkpoint belongs to other settings, or when processes cannot share the batch or start differently; `TrainingError` when a loss is not finite in any process, `BadFile` when a sample cannot be read; the last checkpoint stays.
     """
     device = join(device)
     rank, world = place()
@@ -197,11 +203,12 @@ def fit(
     _same_start(objective, done, device)
     end, share = min(iterations, stop_at or iterations), batch_size // world
     keys = [key for start in range(done * batch_size + rank * share, end * batch_size, batch_size) for key in range(start, start + share)]
-    loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=False)
+    loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_batch, pin_memory=device.type == "cuda", persistent_workers=False)
     report = _Progress(progress, done, end, rank == 0)
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
     start, since = time.perf_counter(), []
     for iteration, batch in enumerate(loader, done):
+        if isinstance(batch, BadFile): raise batch
         factor = learning_rate(iteration, iterations, power, warmup)
         for group in optimizer.param_groups: group["lr"] = group["initial_lr"] * factor
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from reinpp.datasets import fold, open_dataset
+from reinpp.datasets import BadFile, fold, open_dataset
 from reinpp.losses import normalized_score_loss
 from reinpp.mask2former import semantic_scores
 from reinpp.rein_a import Collapse, ReinA
@@ -50,6 +50,19 @@ def test_samples_do_not_depend_on_workers(workers, tmp_path):
     reference = Toy()
     fit(reference, iterations=4, batch_size=3, progress="none", lr=0.1)
     assert all(torch.equal(a, b) for a, b in zip(toy.state_dict().values(), reference.state_dict().values()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_file_is_one_line_whoever_reads_it(workers, tmp_path):
+    toy, draw = Toy(), Toy.sample
+
+    def sample(key, seed):
+        if key == 3: raise BadFile("street.png is damaged: delete it", kind="other size")
+        return draw(toy, key, seed)
+    toy.sample = sample
+    with pytest.raises(BadFile) as error: fit(toy, iterations=4, batch_size=2, run_dir=tmp_path, checkpoint_every=1, workers=workers, progress="none")
+    assert str(error.value) == "street.png is damaged: delete it" and error.value.kind == "other size"
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 1 and toy.seen == [0, 1]
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path):
