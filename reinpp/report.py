@@ -188,7 +188,8 @@ def _as_long(a, b):
 
 
 def footer(records: list[dict]) -> str:
-    "Provenance of a table in one line: records, commits, versions, devices, hours."
+    "Provenance of a table in one line: records (each counted once), commits, versions, devices, hours."
+    records = list({r["key"]: r for r in records}.values())
     if not records: return "no records"
     unique = lambda values: ", ".join(sorted({str(v) for v in values}))
     hours = sum(r["training"]["seconds"] for r in records) / 3600
