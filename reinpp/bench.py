@@ -33,7 +33,7 @@ from .datasets import data_folder, write_atomically
 from .engines import pack
 from .experiments import PRESETS, commit, versions
 from .labels import CLASSES, IGNORE
-from .losses import mask_classification_loss, match, normalized_score_loss, paired_loss, point_sample, targets_from_labels
+from .losses import match, normalized_score_loss, paired_loss, point_sample, targets_from_labels
 from .mask2former import HeadOutput, Mask2Former, open_rows, semantic_scores
 from .proposals import compose, pad, unpack
 from .rein_a import ReinA, hide_blocks, mix_images, pseudo_label, run_teacher, stm_label
@@ -395,7 +395,7 @@ class Job:
         elif not self.objective: self.objective = Generalize(segmenter, _Nothing([None]), None, num_points=points)
         self.model = (self.objective.segmenter if self.objective else Plain(segmenter, points)).to(device)
         if self.objective and plain:
-            for m in self.objective.teacher: m.to(device)
+            for m in (self.objective.stm, *self.objective.teacher): m.to(device)
         self.model.train()
         self.model.backbone.eval()
         self.stm = getattr(self.objective, "stm", None)
@@ -1073,8 +1073,11 @@ def beside_table(
 ):
     "The rows of Table VII or XII beside the records of this page, as a pandas table: one block for each device. None where nothing was recorded."
     import pandas as pd
-    blocks = {f"{r['device']}, {r['threads']} threads, {r['date']}" if r["device_type"] == "cpu" else f"{r['device']}, {r['date']}": paper_costs(r).loc[number] for r in records(folder)}
+    blocks = {_measured_on(r): paper_costs(r).loc[number] for r in records(folder)}
     return pd.concat(blocks, names=["measured on"]) if blocks else None
+
+
+def _measured_on(record): return ", ".join([record["device"]] + [f"{record['threads']} threads"] * (record["device_type"] == "cpu") + [record["date"]])
 
 
 def beside_ratios(
@@ -1087,7 +1090,7 @@ def beside_ratios(
     for r in records(folder):
         names = {line["row"] for line in r["rows"] if line.get("what") in what}
         found = ratios(r)
-        if len(found := found[found.index.isin(names)]): blocks[f"{r['device']}, {r['date']}"] = found
+        if len(found := found[found.index.isin(names)]): blocks[_measured_on(r)] = found
     return pd.concat(blocks, names=["measured on"]) if blocks else None
 
 # %% ../nbs/16b_bench.ipynb #ff565bf5

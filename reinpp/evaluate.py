@@ -121,7 +121,7 @@ def evaluate(
     if device is None: device = next((p.device for p in segmenter.parameters()), "cpu")
     confusion = MulticlassConfusionMatrix(K, ignore_index=IGNORE, validate_args=False, sync_on_compute=False).to(device)
     rank, world = place()
-    share = [i for i in range(len(dataset)) if i // batch % world == rank]  # whole batches: what is in one decides about the last bits
+    share = [i for i in range(len(dataset)) if i // batch % world == rank]  # whole batches, as one process makes them of images of one size: what is in one decides about the last bits
     with contextlib.closing(predictions(segmenter, dataset, window, stride, size, batch, device, progress and rank == 0, fit, shrink, share)) as stream:
         for name, prediction, label, image in stream:
             confusion.update(prediction.long(), label.to(device).long())

@@ -23,7 +23,7 @@ import torch
 
 from .datasets import DATASETS, Dataset, Sampler, concat, data_folder, open_dataset, write_atomically
 from .evaluate import evaluate, evaluate_set
-from .processes import join, place, tell, wait
+from .processes import join, place, share_of, tell, wait
 from .proposals import make_proposals
 from .rein_a import ReinA
 from .segmenter import Segmenter, create_segmenter, read_adapter
@@ -276,14 +276,16 @@ def run(
     data_root: str | Path | None = None,
     **options,  # of `fit`: workers, device, precision, progress
 ) -> dict:  # the record
-    "The record of a run: from the ledger, or made now (and what it starts from as well). Interrupted runs resume. Under `torchrun` all processes call this together and make one run; the first one keeps the books. FileNotFoundError or ValueError, before anything is trained, for a domain that cannot be opened."
+    "The record of a run: from the ledger, or made now (and what it starts from as well). Interrupted runs resume. Under `torchrun` all processes call this together and make one run; the first one keeps the books. Before anything is trained: FileNotFoundError or ValueError for a domain that cannot be opened, ValueError for a batch that the processes cannot share; RuntimeError if another run under `torchrun` holds the same folder."
     ledger, runs = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs"
     device, first = join(options.get("device")), place()[0] == 0
     if (record := tell(ledger.get(experiment))) is not None: return record
-    for domain in experiment.evaluate_on: open_domain(domain, data_root)  # now, rather than after hours of training
+    share_of(experiment.training["batch_size"])  # all this now, rather than after hours of training
+    for domain in experiment.evaluate_on: open_domain(domain, data_root)
+    if experiment.target: open_domain(experiment.target, data_root, labels=False)
     if experiment.start is not None and tell(find_adapter(experiment.start, runs)) is None: run(experiment.start, ledger, runs, data_root, **options)
     folder = runs / experiment.training_key
-    with _locked(folder) if first else contextlib.nullcontext():
+    with _locked(folder, patient=place()[1] == 1) if first else contextlib.nullcontext():
         if (record := tell(ledger.get(experiment))) is not None: return record  # somebody else has just made it
         began, made_by = time.time(), commit()  # the commit that is running, whatever is committed meanwhile
         segmenter = build(experiment, runs)
@@ -302,7 +304,7 @@ def run(
         for domain in experiment.evaluate_on:
             result = _evaluate(segmenter, domain, experiment, data_root)
             metrics[domain] = {k: result[k] for k in ("miou", "pixel_accuracy", "iou", "images")}
-        record = dict(key=experiment.key, config=experiment.config(), metrics=metrics, training=training, seconds=round(time.time() - began, 1),
+        record = dict(key=experiment.key, config=experiment.config(), metrics=metrics, training=training, seconds=round(time.time() - began, 1), **dict(start_iterations=experiment.start.training["iterations"]) if experiment.start else {},
                       parameters=segmenter.trainable_parameters(), versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
         if first: ledger.put(experiment, record)
     if first: (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
@@ -331,8 +333,8 @@ def versions() -> dict:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path):
-    "Hold a run's folder; the lock goes with the process, however it ends."
+def _locked(folder: Path, patient: bool):
+    "Hold a run's folder; the lock goes with the process, however it ends. Another process's lock is waited for, or, where others would wait for this process meanwhile, an error."
     folder.mkdir(parents=True, exist_ok=True)
     try: import fcntl
     except ImportError:  # no such locks on this system: one process at a time
@@ -341,6 +343,7 @@ def _locked(folder: Path):
     with open(folder / ".lock", "w") as handle:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not patient: raise RuntimeError(f"{folder} is under way in another run: start this one again when that is done") from None
             print(f"{folder.name} is under way in another process: waiting for it", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -504,8 +507,10 @@ def main(
     parser.add_argument("--workers", type=int, default=0, help="loader processes of each process (default 0)")
     a = parser.parse_args(arguments)
     try:
+        if a.target and a.method != "rein_a": raise ValueError(f"target={a.target!r}: {a.method} has none, only rein_a")
+        if a.limit_iterations is not None and a.limit_iterations < 1: raise ValueError(f"limit_iterations={a.limit_iterations}: give a number from 1 up, or leave it out")
         record = run(plan(a.preset, a.method, a.seed, a.target, a.limit_iterations, setting=a.setting), Ledger(a.results), a.runs, a.data_root, workers=a.workers)
-    except (ValueError, OSError) as error: raise SystemExit(f"experiments: {error}") from None
+    except (ValueError, OSError, ImportError, RuntimeError) as error: raise SystemExit(f"experiments: {error}") from None
     if place()[0] == 0: print("\n".join(f"{domain}: mIoU {100 * m['miou']:.1f}" for domain, m in record["metrics"].items()))
     return record
 

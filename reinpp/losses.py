@@ -56,14 +56,14 @@ def uncertain_points(
     num_points: int,          # points per mask
     oversample: float = 3,    # candidates per point
     importance: float = .75,  # share of points taken for their uncertainty; the others are uniform
-    rows: tuple = (0, 0),     # masks of the other processes before and after, see `processes.rand`
+    elsewhere: tuple = (0, 0),  # masks of the processes before and after this one, see `processes.rand`
 ) -> Tensor:                  # (N, num_points, 2) in [0, 1]
     "Points where the sign of the logit is least certain, and some uniform ones (PointRend, Sec. 3.3)."
-    candidates = rand(len(logits), int(num_points * oversample), 2, others=rows, device=logits.device)
+    candidates = rand(len(logits), int(num_points * oversample), 2, elsewhere=elsewhere, device=logits.device)
     number = int(importance * num_points)
     chosen = point_sample(logits, candidates)[:, 0].abs().topk(number, 1, largest=False, sorted=False).indices
     chosen = candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
-    return torch.cat((chosen, rand(len(logits), num_points - number, 2, others=rows, device=logits.device)), 1)
+    return torch.cat((chosen, rand(len(logits), num_points - number, 2, elsewhere=elsewhere, device=logits.device)), 1)
 
 # %% ../nbs/08_losses.ipynb #a7cac5b2
 @torch.no_grad()
@@ -89,14 +89,14 @@ def match(
     targets: list[Target],  # one per image
     num_points: int = 12544,  # uniform points, drawn once per image for all predictions
     weights: tuple[float, float, float] = (2, 5, 5),  # class, BCE, dice
-    rows: tuple[int, int] = (0, 0),  # images of the other processes before and after, see `processes.rand`
+    elsewhere: tuple[int, int] = (0, 0),  # images of the processes before and after this one, see `processes.rand`
 ) -> Tensor:                # (predictions, sum of n) int64 on the host: the query of each target (images one after another), -1: unmatched
     "Hungarian matching of every prediction with the targets of every image; one device-to-host copy in all."
     from scipy.optimize import linear_sum_assignment
     sizes = [len(t.classes) for t in targets]
     matched = torch.full((len(output.class_logits), sum(sizes)), -1)
     device = output.mask_logits[-1].device
-    if sum(sizes) or sum(rows): points = rand(len(targets), num_points, 2, others=rows, device=device)
+    if sum(sizes) or sum(elsewhere): points = rand(len(targets), num_points, 2, elsewhere=elsewhere, device=device)
     if not sum(sizes): return matched
     with torch.autocast(device.type, enabled=False):
         classes = torch.nn.utils.rnn.pad_sequence([t.classes for t in targets], batch_first=True)
@@ -153,14 +153,14 @@ def mask_classification_loss(
     if len(targets) != len(output.class_logits[-1]):
         raise ValueError(f"mask_classification_loss: {len(targets)} targets for a batch of {len(output.class_logits[-1])} images")
     device = output.mask_logits[-1].device
-    images, masks_elsewhere = others([len(targets), sum(len(t.classes) for t in targets)], device)
+    images_elsewhere, masks_elsewhere = others([len(targets), sum(len(t.classes) for t in targets)], device)
     somewhere = sum(masks_elsewhere) + sum(len(t.classes) for t in targets)
-    matched = match(output, targets, num_points, weights, images if somewhere else (0, 0))
+    matched = match(output, targets, num_points, weights, images_elsewhere if somewhere else (0, 0))
     query = matched.clamp(min=0).to(device, non_blocking=True)
     found = (matched >= 0).to(device, non_blocking=True)
     image = torch.tensor([i for i, t in enumerate(targets) for _ in t.classes], dtype=torch.int64).to(device, non_blocking=True)
     classes = torch.cat([t.classes for t in targets] or [image])
-    number, rows = average_count(len(classes), device), [n * len(output.mask_logits) for n in masks_elsewhere]
+    number, elsewhere = average_count(len(classes), device), [n * len(output.mask_logits) for n in masks_elsewhere]
     with torch.autocast(device.type, enabled=False):
         logits = torch.stack(output.class_logits).float()
         wanted = torch.full(logits.shape[:-1], logits.shape[-1] - 1, device=device)
@@ -171,7 +171,7 @@ def mask_classification_loss(
         total = {"class": weights[0] * _class_loss(logits, wanted, no_object)}
         if len(classes):
             masks = torch.stack([m[image, q] for m, q in zip(output.mask_logits, query)], 1).float()   # (T, predictions, h, w)
-            points = uncertain_points(masks.detach().flatten(0, 1).unsqueeze(1), num_points, oversample, importance, rows)
+            points = uncertain_points(masks.detach().flatten(0, 1).unsqueeze(1), num_points, oversample, importance, elsewhere)
             x = point_sample(masks.flatten(0, 1).unsqueeze(1), points)[:, 0].view(*masks.shape[:2], -1)  # (T, predictions, P)
             with torch.no_grad():
                 points = points.view(*x.shape, 2).split([len(t.classes) for t in targets])
@@ -180,7 +180,7 @@ def mask_classification_loss(
             share = found.T / number
             total |= {"mask": weights[1] * (bce * share).sum(), "dice": weights[2] * (dice * share).sum()}
         else:
-            if somewhere: uncertain_points(torch.zeros(0, 1, 1, 1, device=device), num_points, oversample, importance, rows)  # the random stream goes on as in the processes that have masks
+            if somewhere: uncertain_points(torch.zeros(0, 1, 1, 1, device=device), num_points, oversample, importance, elsewhere)  # the random stream goes on as in the processes that have masks
             zero = sum(m.sum() for m in output.mask_logits).float() * 0
             total |= {"mask": zero, "dice": zero}
         return {"total": sum(total.values()), **total}

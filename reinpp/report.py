@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'LABELS', 'ROWS', 'mean_spread', 'in_percent', 'found', 'comparison', 'across_targets', 'per_class',
-           'paper_table', 'above', 'verdicts', 'footer', 'markdown', 'beside', 'beside_wide', 'mark_best',
-           'export_table', 'prediction_grid']
+           'paper_table', 'above', 'verdicts', 'differences', 'footer', 'markdown', 'beside', 'beside_wide',
+           'mark_best', 'export_table', 'prediction_grid']
 
 # %% ../nbs/16_report.ipynb #9c949858
 import itertools
@@ -86,7 +86,7 @@ def comparison(
             records = look(label, target)
             values = lambda key, where: [r["metrics"][where][key] for r in records if where in r["metrics"]]
             table.append({"target": target, "method": label, "mIoU": in_percent(values("miou", domain)),
-                          "difference": "" if label == base else in_percent(_differences(records, of_base, domain), "+"), "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
+                          "difference": "" if label == base else in_percent(differences(records, of_base, domain), "+"), "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
                           "source mIoU": in_percent(values("miou", p.source_val)) if p.source_val else "–", "seeds": len(records),
                           "iterations": records[0]["config"]["training"]["iterations"] if records else "–", "status": "measured" if records else "not run"})
     return pd.DataFrame(table).set_index(["target", "method"])
@@ -147,7 +147,7 @@ def above(
     domain: str,
 ) -> tuple[float, float, int]:  # mean difference, its sample standard deviation (NaN below two seeds), seeds in common; fractions
     "Difference of target mIoU, paired by seed, of runs of the same length."
-    mean, spread, count = mean_spread(_differences(better, other, domain))
+    mean, spread, count = mean_spread(differences(better, other, domain))
     return mean, math.nan if spread is None else spread, count
 
 
@@ -176,15 +176,22 @@ def verdicts(
     return lines
 
 
-def _differences(better, other, domain):
+def differences(
+    better: list[dict],  # records of one method over seeds
+    other: list[dict],  # of another
+    domain: str,
+) -> list[float]:  # fractions, by seed
+    "Differences of target mIoU, paired by seed, of runs of the same length."
     a, b = ({r["config"]["seed"]: r for r in records} for records in (better, other))
     return [a[s]["metrics"][domain]["miou"] - b[s]["metrics"][domain]["miou"] for s in sorted(a.keys() & b.keys()) if _as_long(a[s], b[s])]
 
 
 def _as_long(a, b):
-    "Two adaptations, or two source models, are compared only when they ran for as many iterations; what was adapted may be compared with its source."
-    adapts = lambda r: r["config"]["start"] is not None
-    return adapts(a) != adapts(b) or a["config"]["training"]["iterations"] == b["config"]["training"]["iterations"]
+    "Two adaptations are compared only when they ran for as many iterations, from starts of as many; two source models, too; an adaptation with a source model as long as its start. (Records without `start_iterations` are older than that field.)"
+    iterations = lambda r: r["config"]["training"]["iterations"]
+    adapted = [r["config"]["start"] is not None for r in (a, b)]
+    start = [r.get("start_iterations") if adapts else iterations(r) for r, adapts in zip((a, b), adapted)]
+    return (adapted[0] != adapted[1] or iterations(a) == iterations(b)) and (None in start or start[0] == start[1])
 
 
 def footer(records: list[dict]) -> str:

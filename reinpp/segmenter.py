@@ -93,7 +93,7 @@ class Segmenter(nn.Module):
         window: int | None = None,  # side of a square window in pixels (512 or 1024 in the paper); None: the whole image at once
         stride: int | None = None,  # between windows; None: two thirds of the window (341 for 512, 683 for 1024)
         batch: int = 8,  # windows a forward pass, of all images together
-        precision: str | None = None,  # "bf16": matrix products in bfloat16, about half the time and memory on a GPU; "float32"; None: what autocast around the call says
+        precision: str | None = None,  # "bf16": matrix products in bfloat16; "float32"; None: what autocast around the call says
     ) -> torch.Tensor:  # scores (B, K, H, W) float32
         """Scores at full resolution, averaged over windows. Raises `ValueError` for an unknown precision.
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset as TorchDataset, default_collat
 from .datasets import BadFile, Sampler, fold, write_atomically
 from .losses import normalized_score_loss, segmentation_loss
 from .mask2former import semantic_scores
-from .processes import average, gather, join, own, place, wait
+from .processes import average, gather, join, own, place, share_of, wait
 from .rein_a import start_teacher, update_teacher, use_weights
 from .segmenter import Segmenter
 from .transforms import adv_style, pasta
@@ -187,7 +187,6 @@ def fit(
     if precision == "auto": precision = "bf16" if device.type == "cuda" else "float32"
     if precision not in ("bf16", "float32"): raise ValueError(f"precision={precision!r}: use 'auto', 'bf16' or 'float32'")
     if iterations < 1 or batch_size < 1: raise ValueError(f"iterations={iterations}, batch_size={batch_size}: both must be at least 1")
-    if batch_size % world: raise ValueError(f"batch_size={batch_size} is the batch of all processes together and cannot be shared by {world}: use a multiple of {world}")
     if pictures_every is not None and (pictures_every < 1 or not run_dir or not hasattr(objective, "picture")):
         raise ValueError(f"pictures_every={pictures_every}: give a number from 1 up, a run_dir to write to, and an objective that draws pictures (ReinA)")
     objective.segmenter.to(device).train()
@@ -201,7 +200,7 @@ def fit(
     run = _Run(run_dir, writes=rank == 0)
     done, seconds, recent = run.resume(objective, optimizer, settings, device)
     _same_start(objective, done, device)
-    end, share = min(iterations, stop_at or iterations), batch_size // world
+    end, share = min(iterations, stop_at or iterations), share_of(batch_size)
     keys = [key for start in range(done * batch_size + rank * share, end * batch_size, batch_size) for key in range(start, start + share)]
     loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_batch, pin_memory=device.type == "cuda", persistent_workers=False)
     report = _Progress(progress, done, end, rank == 0)

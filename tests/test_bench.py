@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reinpp import bench as module, losses
-from reinpp.bench import ROWS, Job, KeptForBackward, PlainHead, PlainLoss, PlainReinG, Row, Sizes, bench, dissect, kept_bytes, levers_table, measure_levers, operations, ratios, save, shares, skipped, table
+from reinpp.bench import ROWS, Job, KeptForBackward, PlainHead, PlainReinG, Row, Sizes, bench, dissect, kept_bytes, levers_table, measure_levers, operations, ratios, save, shares, skipped, table
 from reinpp.experiments import Ledger
 from reinpp.mask2former import Mask2Former
 from reinpp.rein_g import ReinG
@@ -190,3 +190,9 @@ def test_the_notebook(tmp_path, capsys):
 def test_from_a_shell(tmp_path):
     done = subprocess.run([sys.executable, "-m", "reinpp.bench", "--rows", '["internvl_6b_rein_g"]', "--no-levers", "--no-reference", "--device", "cpu", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "needs an NVIDIA GPU" in done.stdout and len(list(tmp_path.glob("*.json"))) == 1, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("what", ["head", "rein_g", "rein_a"])
+def test_both_paths_run_on_a_gpu(what):
+    for path in ("ours", "reference"): Job(Row(what, **SMALL), path, device=torch.device("cuda")).run()

@@ -1,6 +1,7 @@
 """Two processes with gloo do what one process does with the same batch; whatever goes wrong in one of them ends all, with a line that says why.
 
 `torchrun` runs this very file: `main` is what each process does, once for all tests of `run`."""
+import dataclasses
 import json
 import os
 import signal
@@ -14,13 +15,14 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from reinpp import experiments
 from reinpp.datasets import open_dataset
 from reinpp.evaluate import evaluate
 from reinpp.losses import average_count
 from reinpp.proposals import make_proposals
 from reinpp.processes import join, place, wait
 from reinpp.rein_a import ReinA
-from reinpp.segmenter import create_segmenter
+from reinpp.segmenter import Segmenter, create_segmenter
 from reinpp.stm import STM
 from reinpp.train import Generalize, adapt_each, fit
 from reinpp.transforms import TrainTransform
@@ -105,6 +107,8 @@ CASES = {  # name -> (objective, options of fit)
     "rein_a, beyond the paper": (lambda: rein_a(teacher_flip=True, soft_masks=True, q_on_mask=True), dict(batch_size=2)),
     "toy": (Toy, dict(batch_size=2)),
 }
+EXPERIMENT = experiments.plan("tiny", "rein_a", target="snow", adapt_iterations=2)
+EXPERIMENT = dataclasses.replace(EXPERIMENT, evaluate_on=("scenes:snow/val",))
 GO = dict(iterations=2, lr=1e-5, backbone_lr=1e-5, log_every=1, progress="lines", device="cpu")
 
 
@@ -143,6 +147,7 @@ def refusals(folder):
 
 def main(kind, folder):
     torch.set_num_threads(1)
+    save = Segmenter.save_adapter
     join("cpu", timeout=1)
     if kind == "slow":
         (folder / f"{place()[0]}.pid").write_text(str(os.getpid()))
@@ -156,6 +161,9 @@ def main(kind, folder):
     student = segmenter()
     adapt_each(student, dict(night=night()), lambda s, target: ReinA(s, day(), target, SMALL, rcs=False, tau=TAU, num_points=64), folder / "each", batch_size=2, **GO | dict(iterations=1))
     made["adapter"] = student.load_adapter(folder / "each" / "night" / "adapter").trained_state()
+    made["saved"], Segmenter.save_adapter = [], lambda self, path, **more: made["saved"].append(path) or save(self, path, **more)
+    made["record"] = experiments.run(EXPERIMENT, experiments.Ledger(folder / "results"), folder / "runs", progress="none")
+    Segmenter.save_adapter = save
     torch.save(made, folder / f"{place()[0]}.pt")
     wait()
 
@@ -262,6 +270,16 @@ def test_evaluation_is_that_of_one_process_to_the_last_bit(run):
 def test_an_adapter_is_saved_by_one_and_found_by_all(run):
     first, second = (made["adapter"] for made in run[0])
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_run_of_the_ledger_is_made_together_and_kept_by_one(run, tmp_path):
+    (first, second), folder, _ = run
+    assert first["record"] == second["record"] == json.loads(next((folder / "results").glob("*.json")).read_text()) and len(list((folder / "results").iterdir())) == 1
+    assert [len(made["saved"]) for made in (first, second)] == [1, 0] and first["saved"][0] == folder / "runs" / EXPERIMENT.training_key / "adapter"
+    one = experiments.run(EXPERIMENT, experiments.Ledger(tmp_path / "results"), tmp_path / "runs", progress="none")
+    assert first["record"]["training"]["processes"] == 2 and "processes" not in one["training"] and first["record"]["start_iterations"] == one["start_iterations"] == 4000
+    (a,), (b,) = (r["metrics"].values() for r in (first["record"], one))
+    assert a["images"] == b["images"] == 100 and a["miou"] == pytest.approx(b["miou"], abs=5e-3) and a["pixel_accuracy"] == pytest.approx(b["pixel_accuracy"], abs=5e-3)
 
 
 @pytest.mark.parametrize("what, error, line", [

@@ -313,19 +313,18 @@ def test_losses_stay_finite_and_float32_under_bfloat16():
 def _process(rank, path, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    value = average_count(rank * 4, torch.device("cpu")).item()
     empty = mask_classification_loss(predictions(1), targets_from_labels(blocks() if rank else torch.full((2, 64, 64), 255), 19), 64)
-    results[rank] = (value, float(empty["total"]))
+    results[rank] = float(empty["total"])
     torch.distributed.destroy_process_group()
 
 
-def test_counts_are_averaged_over_processes(tmp_path):
+def test_a_process_without_masks_does_not_hang(tmp_path):
     if not torch.distributed.is_available(): pytest.skip("torch was built without distributed")
     assert average_count(0, torch.device("cpu")) == 1 and average_count(7, torch.device("cpu")) == 7
     with torch.multiprocessing.get_context("spawn").Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(_process, (str(tmp_path / "store"), results), nprocs=2)
-        assert results[0][0] == results[1][0] == 2 and results[0][1] > 0
+        assert 0 < results[0] < results[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

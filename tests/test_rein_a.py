@@ -11,7 +11,7 @@ from reinpp.losses import mask_classification_loss, paired_loss, targets_from_la
 from reinpp.mask2former import HeadOutput, semantic_scores
 from reinpp.proposals import ProposalStore, pad, unpack
 from reinpp.rein_a import (Collapse, CollapseGuard, ReinA, agreement, draw_views, hide_blocks, mix_images, pseudo_label, run_teacher, start_teacher, stm_label,
-                           stm_mask_loss, update_teacher)
+                           stm_mask_loss)
 from reinpp.segmenter import create_segmenter
 from reinpp.stm import STM
 from reinpp.transforms import TrainTransform
