@@ -1017,7 +1017,7 @@ def levers_table(record: dict):
     times = lambda pair: f"{pair['without'] / pair['given']:.2f}x" if pair and pair["given"] and pair["without"] else ""
     mega = lambda pair: f"{pair['without'] / 1e6:.1f} → {pair['given'] / 1e6:.1f}" if pair and pair["without"] else ""
     lines = [{"lever": r["lever"], "time without / with": times(r.get("seconds")), "bytes without / with": times(r.get("bytes")), "MB": mega(r.get("bytes")),
-                          "largest difference": "" if r.get("difference") is None else f"{r['difference']:.0e}" if r["difference"] else "0", "note": r["note"]} for r in record["levers"] if "skipped" not in r]
+              "largest difference": "" if r.get("difference") is None else f"{r['difference']:.0e}" if r["difference"] else "0", "note": r["note"]} for r in record["levers"] if "skipped" not in r]
     return pd.DataFrame(lines, columns=None if lines else ["lever"]).set_index("lever")
 
 

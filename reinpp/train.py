@@ -187,6 +187,7 @@ def fit(
     if precision == "auto": precision = "bf16" if device.type == "cuda" else "float32"
     if precision not in ("bf16", "float32"): raise ValueError(f"precision={precision!r}: use 'auto', 'bf16' or 'float32'")
     if iterations < 1 or batch_size < 1: raise ValueError(f"iterations={iterations}, batch_size={batch_size}: both must be at least 1")
+    share = share_of(batch_size)
     if pictures_every is not None and (pictures_every < 1 or not run_dir or not hasattr(objective, "picture")):
         raise ValueError(f"pictures_every={pictures_every}: give a number from 1 up, a run_dir to write to, and an objective that draws pictures (ReinA)")
     objective.segmenter.to(device).train()
@@ -200,7 +201,7 @@ def fit(
     run = _Run(run_dir, writes=rank == 0)
     done, seconds, recent = run.resume(objective, optimizer, settings, device)
     _same_start(objective, done, device)
-    end, share = min(iterations, stop_at or iterations), share_of(batch_size)
+    end = min(iterations, stop_at or iterations)
     keys = [key for start in range(done * batch_size + rank * share, end * batch_size, batch_size) for key in range(start, start + share)]
     loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_batch, pin_memory=device.type == "cuda", persistent_workers=False)
     report = _Progress(progress, done, end, rank == 0)

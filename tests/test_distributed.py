@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -107,8 +108,7 @@ CASES = {  # name -> (objective, options of fit)
     "rein_a, beyond the paper": (lambda: rein_a(teacher_flip=True, soft_masks=True, q_on_mask=True), dict(batch_size=2)),
     "toy": (Toy, dict(batch_size=2)),
 }
-EXPERIMENT = experiments.plan("tiny", "rein_a", target="snow", adapt_iterations=2)
-EXPERIMENT = dataclasses.replace(EXPERIMENT, evaluate_on=("scenes:snow/val",))
+EXPERIMENT = dataclasses.replace(experiments.plan("tiny", "rein_a", target="snow", adapt_iterations=2), evaluate_on=("scenes:snow/val",))
 GO = dict(iterations=2, lr=1e-5, backbone_lr=1e-5, log_every=1, progress="lines", device="cpu")
 
 
@@ -132,6 +132,7 @@ def refusals(folder):
     "What goes wrong, and what is said in this process."
     wrong = {
         "shares": lambda: fit(Toy(), iterations=1, batch_size=3, progress="none", device="cpu"),
+        "run shares": lambda: experiments.run(dataclasses.replace(EXPERIMENT, training=EXPERIMENT.training | dict(batch_size=3)), experiments.Ledger(folder / "none"), folder / "no runs"),
         "nan here": lambda: fit(Toy(bad=(0, 1)), batch_size=2, run_dir=folder / "nan", checkpoint_every=1, **GO),
         "nan there": lambda: fit(Toy(bad=(1, 1)), batch_size=2, **GO),
         "weights": lambda: fit(Toy(seed=place()[0]), batch_size=2, **GO),
@@ -147,7 +148,6 @@ def refusals(folder):
 
 def main(kind, folder):
     torch.set_num_threads(1)
-    save = Segmenter.save_adapter
     join("cpu", timeout=1)
     if kind == "slow":
         (folder / f"{place()[0]}.pid").write_text(str(os.getpid()))
@@ -161,9 +161,9 @@ def main(kind, folder):
     student = segmenter()
     adapt_each(student, dict(night=night()), lambda s, target: ReinA(s, day(), target, SMALL, rcs=False, tau=TAU, num_points=64), folder / "each", batch_size=2, **GO | dict(iterations=1))
     made["adapter"] = student.load_adapter(folder / "each" / "night" / "adapter").trained_state()
-    made["saved"], Segmenter.save_adapter = [], lambda self, path, **more: made["saved"].append(path) or save(self, path, **more)
-    made["record"] = experiments.run(EXPERIMENT, experiments.Ledger(folder / "results"), folder / "runs", progress="none")
-    Segmenter.save_adapter = save
+    with mock.patch.object(Segmenter, "save_adapter", autospec=True, side_effect=Segmenter.save_adapter) as save:
+        made["record"] = experiments.run(EXPERIMENT, experiments.Ledger(folder / "results"), folder / "runs", progress="none")
+    made["saved"] = [call.args[1] for call in save.call_args_list]
     torch.save(made, folder / f"{place()[0]}.pt")
     wait()
 
@@ -220,7 +220,7 @@ def log(folder): return [json.loads(line) for line in (folder / "log.jsonl").rea
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_weights_and_log_are_those_of_one_process(name, run, alone):
+def test_gradients_weights_and_log_are_those_of_one_process(name, run, alone, one_thread):
     (first, second), folder, _ = run
     one, where = alone(name)
     for step, expected in enumerate(one["gradients"]):
@@ -284,6 +284,7 @@ def test_a_run_of_the_ledger_is_made_together_and_kept_by_one(run, tmp_path):
 
 @pytest.mark.parametrize("what, error, line", [
     ("shares", "ValueError", "batch_size=3 is the batch of all processes together and cannot be shared by 2"),
+    ("run shares", "ValueError", "batch_size=3 is the batch of all processes together"),
     ("nan here", "TrainingError", "iteration 1: total is not finite"),
     ("nan there", "TrainingError", "iteration 1: total is not finite"),
     ("weights", "ValueError", "start from different weights: call torch.manual_seed"),

@@ -91,6 +91,18 @@ def test_what_a_run_is_evaluated_on_is_opened_before_it_trains(tmp_path, monkeyp
     with pytest.raises(FileNotFoundError, match="cityscapes"): run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
+def test_a_target_is_opened_before_the_source_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("it trains first"))
+    e = dataclasses.replace(small("rein_a", "night"), target="cityscapes:train")
+    with pytest.raises(FileNotFoundError, match="cityscapes"): run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
+
+
+def test_a_run_that_others_would_wait_with_is_refused(tmp_path):
+    with experiments._locked(tmp_path, patient=True):
+        with pytest.raises(RuntimeError, match="under way in another run: start this one again"), experiments._locked(tmp_path, patient=False): pass
+    with experiments._locked(tmp_path, patient=False): pass
+
+
 def test_auto_says_what_it_chose(tmp_path, capsys):
     assert choose_preset("auto", tmp_path) == "tiny"
     assert "cannot run here" in capsys.readouterr().out
@@ -102,6 +114,8 @@ def test_estimate_counts_the_start(tmp_path):
     assert find_adapter(small("control"), tmp_path / "runs") is None, "an estimate leaves nothing behind"
 
 
-@pytest.mark.parametrize("arguments, says", [(["tiny", "rein_a"], "experiments: target=None is unknown"), (["tiny", "freeze", "--setting", "sunny"], "experiments: setting='sunny'")])
+@pytest.mark.parametrize("arguments, says", [(["tiny", "rein_a"], "experiments: target=None is unknown"), (["tiny", "freeze", "--setting", "sunny"], "experiments: setting='sunny'"),
+    (["tiny", "freeze", "--target", "night"], "target='night': freeze has none"), (["tiny", "freeze", "--limit-iterations", "0"], "limit_iterations=0: give a number"),
+    (["camvid", "rein_a", "--target", "dusk", "--data-root", "nowhere"], "experiments: camvid")])
 def test_the_command_line_ends_with_one_line(arguments, says, tmp_path):
     with pytest.raises(SystemExit, match=says): experiments.main([*arguments, "--results", str(tmp_path)])

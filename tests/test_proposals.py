@@ -362,12 +362,12 @@ def test_warp_at_odd_sizes(size, reduction, geometry):
 
 @pytest.fixture(scope="module")
 def two():
-    "Two scenes of an odd size: images with labels, instance maps, proposals."
-    scene = open_dataset("scenes", "train", count=2, size=(515, 1022))
+    "Two scenes of an odd size, twice the crop's as in the paper's settings, so that no resize goes beyond the original: images with labels, instance maps, proposals."
+    scene = open_dataset("scenes", "train", count=2, size=(1031, 2046))
     return [scene[i][:2] for i in (0, 1)], [scene.instances(i).numpy() for i in (0, 1)], [instances(scene, i) for i in (0, 1)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(6))
 def test_class_mix_cuts_proposals_as_it_cuts_labels(seed, two):
     "Real classes of one scene pasted onto another, each bent by its own resize, crop and flip; the reference does all of it on full-resolution masks."
     torch.manual_seed(seed)
@@ -384,7 +384,7 @@ def test_class_mix_cuts_proposals_as_it_cuts_labels(seed, two):
     for k, (geometry, region) in enumerate(((g_source, pasted), (g_target, ~pasted))):
         full = [reference(maps[k], value, geometry)[0] & region for value in np.unique(maps[k])]
         values += list(ious(both[k], full, [F.avg_pool2d(f[None].float(), 4)[0] >= 0.5 for f in full]))
-    assert len(values) >= 4 and np.mean(values) >= 0.95 and min(values) >= 0.85, values  # cells on both outlines, the mask's and the cut's, are decided twice
+    assert len(values) >= 4 and np.mean(values) >= 0.95 and min(values) >= 0.9, values
 
 
 def test_warp_follows_the_transform_it_is_given():
