@@ -109,7 +109,7 @@ class Preset:
 _TINY_MODEL = dict(backbone="tiny", num_classes=19, image_size=128, adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
                    head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128, decoder_ffn=256))
 _TINY_DATA = dict(crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True, num_points=768)
-_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100, alpha=1.5, beta=0.1,
+_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100, alpha=0.5, beta=0.1,
                         stm=dict(from_head=True, decoder_layers=2))
 _NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head"
 
@@ -129,7 +129,7 @@ PRESETS = {
         model=_TINY_MODEL, data=_TINY_DATA | dict(base=180, scales=tuple(range(7, 15))),
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
         adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION | dict(engine="classical"), window=128, stride=85, size=(180, 240), rivals=dict(vpt=dict(num_tokens=32)), note=_NOTE),
+        adaptation=_TINY_ADAPTATION | dict(engine="classical", alpha=1.5), window=128, stride=85, size=(180, 240), rivals=dict(vpt=dict(num_tokens=32)), note=_NOTE),
     "paper": Preset(
         "paper", source="gtav:train", source_val=None, targets=_PAPER_TARGETS,
         model=dict(backbone="dinov2_large", num_classes=19, image_size=512, normalization="imagenet"),
