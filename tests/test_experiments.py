@@ -97,6 +97,13 @@ def test_a_target_is_opened_before_the_source_is_trained(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="cityscapes"): run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
+def test_every_bundled_adapter_is_a_run_of_a_preset_as_it_is_now():
+    runs = [(preset, method, target) for preset in ("tiny", "camvid") for method, target in (("rein_g", None), *(("rein_a", t) for t in PRESETS[preset].targets))]
+    keys = {plan(preset, method, seed, target).training_key for preset, method, target in runs for seed in range(3)}
+    bundled = {f.parent.name: json.loads(f.read_text())["record"]["key"] for f in (data_folder() / "weights").glob("*/adapter_config.json")}
+    assert bundled and set(bundled.values()) <= keys, {name for name, key in bundled.items() if key not in keys}
+
+
 def test_a_run_that_others_would_wait_with_is_refused(tmp_path):
     with experiments._locked(tmp_path, patient=True):
         with pytest.raises(RuntimeError, match="under way in another run: start this one again"), experiments._locked(tmp_path, patient=False): pass
