@@ -1,5 +1,6 @@
 # make demo   five minutes on a CPU: Rein-G, then Rein-A, on embedded scenes
 # make test   clean and export leave the tree unchanged, the notebooks run, pytest passes
+# make style the code's one hand, by ruff
 # make lab    JupyterLab
 # make readme README.md from nbs/index.ipynb
 # make clean  removes what was built here (.venv and data/ stay)
@@ -17,7 +18,7 @@ ACTIVE    := PATH="$(BIN):$$PATH"
 # Python 3.11 to 3.13 that can make a virtual environment
 SUITABLE  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test lab readme clean
+.PHONY: help demo test style lab readme clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -33,10 +34,13 @@ demo: $(INSTALLED)
 
 # nbdev_test runs the modules' notebooks and the front page. The others (tables, figures, quickstart ...) train:
 # papermill would be needed to choose their small preset, so pytest runs them, through papermill.
-test: $(INSTALLED)
+test: $(INSTALLED) style
 	@$(ACTIVE) python .ci/unchanged.py
 	@$(ACTIVE) OMP_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --n_workers 2 --timing --file_re '^([0-9][0-9][a-z]?_|index[.])'
 	@$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal --durations 15
+
+style: $(INSTALLED)
+	@$(ACTIVE) ruff check .
 
 lab: $(INSTALLED)
 	@$(ACTIVE) jupyter lab

@@ -6,7 +6,7 @@
 __all__ = ['IGNORE', 'CLASSES', 'PALETTE', 'ID_MAPS', 'HIGHEST_ID', 'all_ids', 'lookup', 'palette', 'colorize', 'overlay',
            'legend']
 
-# %% ../nbs/00_labels.ipynb #df77b44d
+# %% ../nbs/00_labels.ipynb #1cdb64ef
 import numpy as np
 
 # %% ../nbs/00_labels.ipynb #46138260

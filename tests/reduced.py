@@ -1,7 +1,7 @@
 "Reduced backbones: the timm class and options of every named backbone, but four narrow blocks, so that a test takes milliseconds."
 import torch
 
-from reinpp.backbones import BACKBONES, create_backbone
+from reinpp.models.backbones import BACKBONES, create_backbone
 
 NAMES = tuple(BACKBONES)
 

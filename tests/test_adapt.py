@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from reinpp.rein_a import ReinA
-from reinpp.segmenter import load_segmenter
+from reinpp.adaptation.rein_a import ReinA
+from reinpp.models.segmenter import load_segmenter
 
 matplotlib.use("Agg")
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from reduced import NAMES, reduced
-from reinpp.backbones import (BACKBONES, convert_internvit, create_backbone, extract_features, held_bytes, official_resize, other_spec, patch_size_of,
-                              read_weights)
-from reinpp.rein_g import ReinG
+from reinpp.models.backbones import BACKBONES, convert_internvit, create_backbone, extract_features, held_bytes, official_resize, other_spec, patch_size_of
+from reinpp.files import read_checkpoint
+from reinpp.models.rein_g import ReinG
 
 SIZES = ((64, 64), (96, 160))
 FEW = dict(embed_dim=48, depth=4, num_heads=3)
@@ -153,15 +153,15 @@ def test_weights_from_files(tmp_path):
         loaded = create_backbone("dinov2_large", 64, weights=tmp_path / file, **FEW)
         assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items()), file
     (shards / "pytorch_model-1.bin").unlink()
-    with pytest.raises(FileNotFoundError, match="pytorch_model-1.bin"): read_weights(shards)
+    with pytest.raises(FileNotFoundError, match="pytorch_model-1.bin"): read_checkpoint(shards)
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
     (tmp_path / "b.pth").write_bytes((tmp_path / "b.pth").read_bytes()[:5000])
     for file in ("a.safetensors", "b.pth"):
-        with pytest.raises(ValueError, match=f"{file}: .*damaged") as caught: read_weights(tmp_path / file)
+        with pytest.raises(ValueError, match=f"{file}: .*damaged") as caught: read_checkpoint(tmp_path / file)
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="nowhere"): create_backbone("dinov2_large", weights=tmp_path / "nowhere.pth", **FEW)
     (empty := tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no .index.json"): read_weights(empty)
+    with pytest.raises(FileNotFoundError, match="no .index.json"): read_checkpoint(empty)
 
 
 def test_keys_that_do_not_fit_are_named(tmp_path):
@@ -187,7 +187,7 @@ def test_pickles_are_not_executed(tmp_path):
 
 
 def test_no_network_says_where_to_get_and_where_to_put(monkeypatch, tmp_path):
-    import reinpp.backbones as module
+    import reinpp.models.backbones as module
     monkeypatch.setattr(module, "data_folder", lambda: tmp_path)
     def offline(*args, pretrained=False, **options):
         if pretrained: raise OSError("no route to host")
@@ -200,7 +200,7 @@ def test_no_network_says_where_to_get_and_where_to_put(monkeypatch, tmp_path):
 
 
 def test_a_file_in_the_data_folder_is_found(monkeypatch, tmp_path):
-    import reinpp.backbones as module
+    import reinpp.models.backbones as module
     monkeypatch.setattr(module, "data_folder", lambda: tmp_path)
     (tmp_path / "weights").mkdir()
     state = {k: v.clone() for k, v in reduced("dinov3_small").state_dict().items()}

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from reduced import NAMES, reduced
-from reinpp.backbones import extract_features
-from reinpp.baselines import ADAPTERS, VPT, BitFit, LoRA, create_adapter
-from reinpp.rein_a import run_teacher, start_teacher
-from reinpp.segmenter import create_segmenter
+from reinpp.models.backbones import extract_features
+from reinpp.models.baselines import ADAPTERS, VPT, BitFit, LoRA, create_adapter
+from reinpp.training.ema import run_teacher, start_teacher
+from reinpp.models.segmenter import create_segmenter
 
 MORE = ("vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3_qkvb", "test_vit")  # registers; qkv fused, its bias in parts; the same with layer scale; plain
 SOME = ("dinov2_large", "clip_large", "eva02_large", "eva02_tiny_patch14_224", "dinov3_small", "sam_base", "internvl_6b")

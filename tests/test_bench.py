@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from reinpp import bench as module, losses
-from reinpp.bench import ROWS, Job, KeptForBackward, PlainHead, PlainReinG, Row, Sizes, bench, dissect, kept_bytes, levers_table, measure_levers, operations, ratios, save, shares, skipped, table
-from reinpp.experiments import Ledger
-from reinpp.mask2former import Mask2Former
-from reinpp.rein_g import ReinG
+from reinpp.paper import bench as module
+from reinpp.models import losses
+from reinpp.paper.bench import ROWS, Job, KeptForBackward, PlainHead, PlainReinG, Row, Sizes, bench, dissect, kept_bytes, levers_table, measure_levers, operations, ratios, save, shares, skipped, table
+from reinpp.paper.experiments import Ledger
+from reinpp.models.mask2former import Mask2Former
+from reinpp.models.rein_g import ReinG
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,7 +189,7 @@ def test_the_notebook(tmp_path, capsys):
 
 
 def test_from_a_shell(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "reinpp.bench", "--rows", '["internvl_6b_rein_g"]', "--no-levers", "--no-reference", "--device", "cpu", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "reinpp.paper.bench", "--rows", '["internvl_6b_rein_g"]', "--no-levers", "--no-reference", "--device", "cpu", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "needs an NVIDIA GPU" in done.stdout and len(list(tmp_path.glob("*.json"))) == 1, done.stderr[-2000:]
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from reinpp import bench as module
-from reinpp.bench import LEVERS, Job, Row, Sizes, beside_ratios, beside_table, records, save
-from reinpp.mask2former import open_rows
-from reinpp.segmenter import create_segmenter
+from reinpp.paper import bench as module
+from reinpp.paper.bench import LEVERS, Job, Row, Sizes, beside_ratios, beside_table, records, save
+from reinpp.models.mask2former import open_rows
+from reinpp.models.segmenter import create_segmenter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(model=dict(backbone_args=dict(depth=4), image_size=64), data=dict(crop=64, num_points=64, limit=8))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import reinpp.check
-from reinpp.check import KINDS, check, main
-from reinpp.datasets import concat, open_dataset
+import reinpp.data.check
+from reinpp.data.check import KINDS, check, main
+from reinpp.data.datasets import concat
+from reinpp.data.catalog import open_dataset
 
 
 def save(array, path, **options): path.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(array).save(path, **options)
@@ -88,8 +89,8 @@ def test_the_same_image_in_two_splits(city):
 
 def test_second_look_opens_nothing(city, monkeypatch):
     opened = []
-    once = reinpp.check.look
-    monkeypatch.setattr(reinpp.check, "look", lambda image, *rest: opened.append(image.name[:5]) or once(image, *rest))
+    once = reinpp.data.check.look
+    monkeypatch.setattr(reinpp.data.check, "look", lambda image, *rest: opened.append(image.name[:5]) or once(image, *rest))
     truncated(next((city / "leftImg8bit/train").rglob("ulm_0*")), None)
     first = look_at(city)
     assert len(opened) == 8
@@ -107,15 +108,15 @@ def test_second_look_opens_nothing(city, monkeypatch):
 
 
 def test_what_was_seen_before_an_interruption_stays_seen(city, monkeypatch):
-    once, opened = reinpp.check.look, []
+    once, opened = reinpp.data.check.look, []
 
     def interrupted(image, *rest):
         if len(opened) == 2: raise KeyboardInterrupt
         opened.append(image)
         return once(image, *rest)
-    monkeypatch.setattr(reinpp.check, "look", interrupted)
+    monkeypatch.setattr(reinpp.data.check, "look", interrupted)
     with pytest.raises(KeyboardInterrupt): look_at(city)
-    monkeypatch.setattr(reinpp.check, "look", lambda image, *rest: opened.append(image) or once(image, *rest))
+    monkeypatch.setattr(reinpp.data.check, "look", lambda image, *rest: opened.append(image) or once(image, *rest))
     assert look_at(city).ok and len(opened) == 8
 
 
@@ -176,5 +177,5 @@ def test_exit_status(city, tmp_path, capsys):
     assert shell("--data-root", str(city.parent)) == 1 and "incomplete" in capsys.readouterr().out
     assert shell("nothing", "--data-root", str(city.parent)) == 2 and "no dataset 'nothing'" in capsys.readouterr().err
     assert shell("--data-root", str(tmp_path / "empty")) == 1 and "--data-root" in capsys.readouterr().err
-    done = subprocess.run([sys.executable, "-m", "reinpp.check", "gtav", "--data-root", str(city.parent), "--cache", str(tmp_path / "seen")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "reinpp.data.check", "gtav", "--data-root", str(city.parent), "--cache", str(tmp_path / "seen")], capture_output=True, text=True)
     assert done.returncode == 1 and "no folder" in done.stdout and not done.stderr

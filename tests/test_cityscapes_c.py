@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from reinpp import cityscapes_c
-from reinpp.cityscapes_c import (CORRUPTION_GROUPS, CORRUPTIONS, SEVERITIES, check_cityscapes_c, corrupt, corrupted, corruption_table, evaluate_corruptions, file_seed,
-                                 make_cityscapes_c, read_manifest)
-from reinpp.datasets import DATASETS, open_dataset
-from reinpp.scenes import draw_scene
+from reinpp.data import cityscapes_c
+from reinpp.data.cityscapes_c import CORRUPTION_GROUPS, CORRUPTIONS, SEVERITIES, check_cityscapes_c, corrupt, corrupted, file_seed, make_cityscapes_c, read_manifest
+from reinpp.training.evaluation import corruption_table, evaluate_corruptions
+from reinpp.data.catalog import DATASETS, open_dataset
+from reinpp.data.scenes import draw_scene
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("imagecorruptions") is None, reason="imagecorruptions is not installed")
 FAST = ("gaussian_noise", "impulse_noise", "brightness")

@@ -9,8 +9,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from reinpp import datasets
-from reinpp.datasets import (DATASETS, STATISTICS, Sampler, class_frequencies, class_pixels, class_statistics, concat, fold, open_dataset, rare_class_probabilities)
+from reinpp.data import datasets
+from reinpp.data.catalog import DATASETS, open_dataset
+from reinpp.data.sampling import STATISTICS, Sampler, class_frequencies, class_pixels, class_statistics, fold, rare_class_probabilities
+from reinpp.data.datasets import concat
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CAMVID_TO_TRAIN = {0: 10, 1: 2, 2: 5, 3: 0, 4: 1, 5: 8, 6: 7, 7: 4, 8: 13, 9: 11, 10: 12, 11: 255}

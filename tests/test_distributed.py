@@ -16,17 +16,18 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from reinpp import experiments
-from reinpp.datasets import open_dataset
-from reinpp.evaluate import evaluate
-from reinpp.losses import average_count
-from reinpp.proposals import make_proposals
-from reinpp.processes import join, place, wait
-from reinpp.rein_a import ReinA
-from reinpp.segmenter import Segmenter, create_segmenter
-from reinpp.stm import STM
-from reinpp.train import Generalize, adapt_each, fit
-from reinpp.transforms import TrainTransform
+from reinpp.paper import experiments, runs
+from reinpp.data.catalog import open_dataset
+from reinpp.training.evaluation import evaluate
+from reinpp.models.losses import average_count
+from reinpp.adaptation.proposals import make_proposals
+from reinpp.processes import barrier, get_rank, init_process_group
+from reinpp.adaptation.rein_a import ReinA
+from reinpp.models.segmenter import Segmenter, create_segmenter
+from reinpp.adaptation.stm import STM
+from reinpp.training.generalize import Generalize
+from reinpp.training.train import adapt_each, fit
+from reinpp.data.transforms import TrainTransform
 
 TAU = 0.3  # some of the pixels are above it
 HEAD = dict(hidden_dim=32, encoder_layers=1, decoder_layers=1, encoder_ffn=32, decoder_ffn=32, num_heads=4)
@@ -87,7 +88,7 @@ class Toy:
     def step(self, batch, iteration):
         time.sleep(self.pause)
         self.keys += batch["key"].tolist()
-        loss = self.segmenter(batch["x"]).square().mean() * (float("nan") if (place()[0], iteration) == self.bad else 1)
+        loss = self.segmenter(batch["x"]).square().mean() * (float("nan") if (get_rank(), iteration) == self.bad else 1)
         loss.backward()
         return dict(total=loss.detach())
 
@@ -132,11 +133,11 @@ def refusals(folder):
     "What goes wrong, and what is said in this process."
     wrong = {
         "shares": lambda: fit(Toy(), iterations=1, batch_size=3, progress="none", device="cpu"),
-        "run shares": lambda: experiments.run(dataclasses.replace(EXPERIMENT, training=EXPERIMENT.training | dict(batch_size=3)), experiments.Ledger(folder / "none"), folder / "no runs"),
+        "run shares": lambda: runs.run(dataclasses.replace(EXPERIMENT, training=EXPERIMENT.training | dict(batch_size=3)), experiments.Ledger(folder / "none"), folder / "no runs"),
         "nan here": lambda: fit(Toy(bad=(0, 1)), batch_size=2, run_dir=folder / "nan", checkpoint_every=1, **GO),
         "nan there": lambda: fit(Toy(bad=(1, 1)), batch_size=2, **GO),
-        "weights": lambda: fit(Toy(seed=place()[0]), batch_size=2, **GO),
-        "folders": lambda: fit(Toy(), batch_size=2, run_dir=folder / "toy" if place()[0] else None, **GO),
+        "weights": lambda: fit(Toy(seed=get_rank()), batch_size=2, **GO),
+        "folders": lambda: fit(Toy(), batch_size=2, run_dir=folder / "toy" if get_rank() else None, **GO),
         "collapse": lambda: fit(rein_a(tau=1.1, patience=2), batch_size=2, **GO),
     }
     said = {}
@@ -148,12 +149,12 @@ def refusals(folder):
 
 def main(kind, folder):
     torch.set_num_threads(1)
-    join("cpu", timeout=1)
+    init_process_group("cpu", timeout=1)
     if kind == "slow":
-        (folder / f"{place()[0]}.pid").write_text(str(os.getpid()))
+        (folder / f"{get_rank()}.pid").write_text(str(os.getpid()))
         return fit(Toy(pause=0.05), iterations=2000, batch_size=2, progress="none", device="cpu")
     made = {name: train(name, folder) for name in CASES}
-    made["count"] = [average_count(number, torch.device("cpu")).item() for number in (1 - place()[0], 4 * place()[0], 0)]
+    made["count"] = [average_count(number, torch.device("cpu")).item() for number in (1 - get_rank(), 4 * get_rank(), 0)]
     made["scores"], made["refusals"] = scores(), refusals(folder)
     made["halves"] = fit(generalize(), batch_size=4, run_dir=folder / "halves", stop_at=1, **GO)
     fit(objective := generalize(), batch_size=4, run_dir=folder / "second half", **GO)    # one process made the first
@@ -162,10 +163,10 @@ def main(kind, folder):
     adapt_each(student, dict(night=night()), lambda s, target: ReinA(s, day(), target, SMALL, rcs=False, tau=TAU, num_points=64), folder / "each", batch_size=2, **GO | dict(iterations=1))
     made["adapter"] = student.load_adapter(folder / "each" / "night" / "adapter").trained_state()
     with mock.patch.object(Segmenter, "save_adapter", autospec=True, side_effect=Segmenter.save_adapter) as save:
-        made["record"] = experiments.run(EXPERIMENT, experiments.Ledger(folder / "results"), folder / "runs", progress="none")
+        made["record"] = runs.run(EXPERIMENT, experiments.Ledger(folder / "results"), folder / "runs", progress="none")
     made["saved"] = [call.args[1] for call in save.call_args_list]
-    torch.save(made, folder / f"{place()[0]}.pt")
-    wait()
+    torch.save(made, folder / f"{get_rank()}.pt")
+    barrier()
 
 
 def torchrun(*arguments, processes=2):
@@ -276,7 +277,7 @@ def test_a_run_of_the_ledger_is_made_together_and_kept_by_one(run, tmp_path):
     (first, second), folder, _ = run
     assert first["record"] == second["record"] == json.loads(next((folder / "results").glob("*.json")).read_text()) and len(list((folder / "results").iterdir())) == 1
     assert [len(made["saved"]) for made in (first, second)] == [1, 0] and first["saved"][0] == folder / "runs" / EXPERIMENT.training_key / "adapter"
-    one = experiments.run(EXPERIMENT, experiments.Ledger(tmp_path / "results"), tmp_path / "runs", progress="none")
+    one = runs.run(EXPERIMENT, experiments.Ledger(tmp_path / "results"), tmp_path / "runs", progress="none")
     assert first["record"]["training"]["processes"] == 2 and "processes" not in one["training"] and first["record"]["start_iterations"] == one["start_iterations"] == 4000
     (a,), (b,) = (r["metrics"].values() for r in (first["record"], one))
     assert a["images"] == b["images"] == 100 and a["miou"] == pytest.approx(b["miou"], abs=5e-3) and a["pixel_accuracy"] == pytest.approx(b["pixel_accuracy"], abs=5e-3)

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from reinpp.datasets import DATASETS, Dataset, open_dataset
-from reinpp.evaluate import (CONDITIONS, PROTOCOL_SETS, SYNTHIA_13, SYNTHIA_16, average, evaluate, evaluate_set, iou_from_confusion, mean_iou,
-                             predict_to_folder, predictions, protocol, summarize)
+from reinpp.data.catalog import DATASETS, open_dataset
+from reinpp.data.datasets import Dataset
+from reinpp.training.evaluation import CONDITIONS, PROTOCOL_SETS, SYNTHIA_13, SYNTHIA_16, average, evaluate, evaluate_set, iou_from_confusion, mean_iou, predict_to_folder, predictions, protocol, summarize
 from reinpp.labels import CLASSES, ID_MAPS, PALETTE
 
 
@@ -208,7 +208,7 @@ def test_shrink_is_pillows_half():
 
 
 def test_acdc_is_the_mean_over_conditions(monkeypatch):
-    module = sys.modules["reinpp.evaluate"]
+    module = sys.modules["reinpp.training.evaluation"]
     opened = []
     def fake(name, split, root=None, on_error=None):
         assert on_error == "stop", "a stand-in would be counted twice"
@@ -277,7 +277,7 @@ def test_interruption_leaves_the_model_as_it_was():
 
 
 def test_progress_is_quiet_off_a_terminal(capsys, monkeypatch):
-    module, clock = sys.modules["reinpp.evaluate"], iter(range(0, 10_000, 20))
+    module, clock = sys.modules["reinpp.training.evaluation"], iter(range(0, 10_000, 20))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     evaluate(Table(), random_set(SIZES), progress=True)
     lines = capsys.readouterr().out.splitlines()

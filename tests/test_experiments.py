@@ -5,9 +5,11 @@ import multiprocessing
 
 import pytest
 
-import reinpp.experiments as experiments
-from reinpp.datasets import data_folder
-from reinpp.experiments import METHODS, PRESETS, Ledger, check_parameters, choose_preset, estimate, find_adapter, missing_for_paper, plan, run
+import reinpp.paper.experiments as experiments
+from reinpp.files import data_folder
+from reinpp.paper.experiments import METHODS, PRESETS, Ledger, plan
+from reinpp.paper.tables import check_parameters, choose_preset, missing_for_paper
+from reinpp.paper.runs import estimate, find_adapter, run
 
 
 def small(method, target=None, seed=0, iterations=2):

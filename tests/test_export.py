@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
-from reinpp import export as module
-from reinpp.export import MergedReinG, export, load_program, merged
-from reinpp.losses import segmentation_loss
-from reinpp.rein_g import ReinG
-from reinpp.segmenter import create_segmenter
+from reinpp.models import export as module
+from reinpp.models.export import MergedReinG, export, load_program, merged
+from reinpp.models.losses import segmentation_loss
+from reinpp.models.rein_g import ReinG
+from reinpp.models.segmenter import create_segmenter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4)

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from reinpp.datasets import DATASETS, BadFile, Member, OnDisk, concat, open_dataset
+from reinpp.data.catalog import DATASETS, OnDisk, open_dataset
+from reinpp.files import BadFile, Member
+from reinpp.data.datasets import concat
 
 IGNORE = 255
 CITYSCAPES = dict(map(int, pair.split(":")) for pair in "7:0 8:1 11:2 12:3 13:4 17:5 19:6 20:7 21:8 22:9 23:10 24:11 25:12 26:13 27:14 28:15 31:16 32:17 33:18".split())

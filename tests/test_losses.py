@@ -3,9 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reinpp.losses import (Target, average_count, confidence, mask_classification_loss, match, normalize_scores, normalized_score_loss, paired_loss,
-                           point_sample, segmentation_loss, targets_from_labels, uncertain_points)
-from reinpp.mask2former import HeadOutput
+from reinpp.models.losses import average_count, confidence, mask_classification_loss, match, normalize_scores, normalized_score_loss, paired_loss, point_sample, segmentation_loss, targets_from_labels, uncertain_points
+from reinpp.models.mask2former import HeadOutput
 
 
 @pytest.fixture(autouse=True)

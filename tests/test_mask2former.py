@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reinpp.mask2former import DecoderLayer, HeadOutput, Mask2Former, MaskedDecoder, PixelDecoder, open_rows, semantic_scores, sine_position
+from reinpp.models.mask2former import DecoderLayer, Mask2Former, MaskedDecoder, PixelDecoder, open_rows, semantic_scores, sine_position
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def test_pretrain_tiny_in_small(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     from safetensors.torch import load_file
 
-    from reinpp.backbones import create_backbone
+    from reinpp.models.backbones import create_backbone
     assert load_file(tmp_path / "tiny.safetensors").keys() == create_backbone("tiny").state_dict().keys()
 
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from reinpp.mask2former import sine_position
-from reinpp.official import load_official, official_state, read_checkpoint
-from reinpp.segmenter import create_segmenter, load_segmenter
+from reinpp.models.mask2former import sine_position
+from reinpp.models.official import load_official, official_state
+from reinpp.files import read_checkpoint
+from reinpp.models.segmenter import create_segmenter, load_segmenter
 
 DIM, HEADS, QUERIES, CLASSES = 32, 4, 12, 5
 OLD = (("pixel_decoder.encoder.layers.{}.self_attn.", "pixel_decoder.encoder.layers.{}.attentions.0."), ("transformer_decoder.layers.{}.cross_attn.", "transformer_decoder.layers.{}.attentions.0."),

@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reinpp.datasets import open_dataset
-from reinpp.engines import boxes_of, cell_size, classical, coverage, grid_size, instances, merge_tree
-from reinpp.proposals import ProposalStore, check_proposals, compose, main, make_proposals, pack, pad, read_proposals, unpack, warp, write_proposals
-from reinpp.transforms import Geometry, TrainTransform, resize_label
+from reinpp.data.catalog import open_dataset
+from reinpp.adaptation.masks import boxes_of, cell_size, coverage, grid_size
+from reinpp.adaptation.engines import classical, instances, merge_tree
+from reinpp.adaptation.proposals import ProposalStore, check_proposals, main, make_proposals, read_proposals, write_proposals
+from reinpp.adaptation.masks import compose, pack, pad, unpack, warp
+from reinpp.data.transforms import Geometry, TrainTransform, resize_label
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +265,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["proposals", *arguments, "--shard", "0/2"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # runpy: the module is already imported
-        runpy.run_module("reinpp.proposals", run_name="__main__", alter_sys=False)
+        runpy.run_module("reinpp.adaptation.proposals", run_name="__main__", alter_sys=False)
     assert "proposals: 2 images" in capsys.readouterr().out and len(list((tmp_path / "store").glob("*.safetensors"))) == 2
     store = main([*arguments, "--shard", "1/2", "--no-labels"])
     assert len(store) == 3 and len(store[1].masks) > 10 and store.manifest["reduction"] == 2

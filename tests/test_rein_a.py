@@ -5,16 +5,21 @@ import copy
 import pytest
 import torch
 
-import reinpp.rein_a as module
-from reinpp.datasets import BadFile, Dataset, fold, open_dataset
-from reinpp.losses import mask_classification_loss, paired_loss, targets_from_labels
-from reinpp.mask2former import HeadOutput, semantic_scores
-from reinpp.proposals import ProposalStore, pad, unpack
-from reinpp.rein_a import (Collapse, CollapseGuard, ReinA, agreement, draw_views, hide_blocks, mix_images, pseudo_label, run_teacher, start_teacher, stm_label,
-                           stm_mask_loss)
-from reinpp.segmenter import create_segmenter
-from reinpp.stm import STM
-from reinpp.transforms import TrainTransform
+import reinpp.adaptation.rein_a as module
+from reinpp.files import BadFile
+from reinpp.data.datasets import Dataset
+from reinpp.data.sampling import fold
+from reinpp.data.catalog import open_dataset
+from reinpp.models.losses import mask_classification_loss, paired_loss, targets_from_labels
+from reinpp.models.mask2former import HeadOutput, semantic_scores
+from reinpp.adaptation.proposals import ProposalStore
+from reinpp.adaptation.masks import pad, unpack
+from reinpp.adaptation.rein_a import Collapse, CollapseGuard, ReinA, agreement, draw_views, pseudo_label, stm_label, stm_mask_loss
+from reinpp.data.transforms import hide_blocks, mix_images
+from reinpp.training.ema import run_teacher, start_teacher
+from reinpp.models.segmenter import create_segmenter
+from reinpp.adaptation.stm import STM
+from reinpp.data.transforms import TrainTransform
 
 HEAD = dict(hidden_dim=32, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4)
 

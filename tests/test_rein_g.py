@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from reduced import reduced
-from reinpp.backbones import extract_features
-from reinpp.rein_g import ReinG
+from reinpp.models.backbones import extract_features
+from reinpp.models.rein_g import ReinG
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "rein_reference.safetensors"
 CLASSES = ("dinov2_large", "vit_small_patch14_reg4_dinov2", "clip_large", "eva02_large", "eva02_tiny_patch14_224", "radio_giant", "internvl_6b", "sam_base", "dinov3_small", "pe_spatial_large")

@@ -13,13 +13,14 @@ import torch
 SCRIPT = r"""
 import sys, time, torch
 from pathlib import Path
-from reinpp.datasets import open_dataset
-from reinpp.proposals import make_proposals
-from reinpp.rein_a import ReinA
-from reinpp.segmenter import create_segmenter
-from reinpp.stm import STM
-from reinpp.train import Generalize, fit
-from reinpp.transforms import TrainTransform
+from reinpp.data.catalog import open_dataset
+from reinpp.adaptation.proposals import make_proposals
+from reinpp.adaptation.rein_a import ReinA
+from reinpp.models.segmenter import create_segmenter
+from reinpp.adaptation.stm import STM
+from reinpp.training.generalize import Generalize
+from reinpp.training.train import fit
+from reinpp.data.transforms import TrainTransform
 
 kind, folder, slow = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 torch.set_num_threads(1)

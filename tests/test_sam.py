@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from reinpp import engines
-from reinpp.datasets import open_dataset
-from reinpp.engines import ENGINES, agree, engine_options, engine_settings, generated, sam1, sam2
-from reinpp.proposals import make_proposals
+from reinpp.adaptation import engines
+from reinpp.data.catalog import open_dataset
+from reinpp.adaptation.engines import ENGINES, engine_options, engine_settings
+from reinpp.adaptation.sam import agree, generated, sam1, sam2
+from reinpp.adaptation.proposals import make_proposals
 
 TINY = dict(model="tiny", checkpoint="random", image_size=256, points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0, device="cpu")
 

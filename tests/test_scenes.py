@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from reinpp.labels import CLASSES
-from reinpp.scenes import STYLES, WEATHERS, Scene, draw_scene, style_pair
+from reinpp.data.scenes import STYLES, WEATHERS, Scene, draw_scene, style_pair
 
 CASES = [(0, "day", "game"), (1, "day", "camera"), (100_002, "night", "camera"), (200_003, "fog", "game"),
          (300_004, "rain", "camera"), (1_400_005, "snow", "game"), (450_000, "snow", "camera")]

@@ -7,10 +7,11 @@ import warnings
 import pytest
 import torch
 
-from reinpp.baselines import ADAPTERS
-from reinpp.datasets import data_folder, write_together
-from reinpp.losses import segmentation_loss
-from reinpp.segmenter import create_segmenter, load_segmenter, pull_adapter, push_adapter, read_adapter, window_starts
+from reinpp.models.baselines import ADAPTERS
+from reinpp.files import data_folder, write_together
+from reinpp.models.losses import segmentation_loss
+from reinpp.models.segmenter import create_segmenter, load_segmenter, window_starts
+from reinpp.models.adapter_files import pull_adapter, push_adapter, read_adapter
 
 SMALL = dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4)
 SIZES = dict(rein_g=dict(num_tokens=10, rank=4), vpt=dict(num_tokens=6))
@@ -84,7 +85,7 @@ def test_windows_of_the_paper_cover_every_pixel_once_or_more(window, stride, len
 
 @pytest.mark.parametrize("window, stride", [(512, 341), (1024, 683)])
 def test_default_stride_is_the_papers(window, stride, plain, monkeypatch):
-    import reinpp.segmenter as module
+    import reinpp.models.segmenter as module
     asked = []
     monkeypatch.setattr(module, "window_starts", lambda *a: asked.append(a) or [0])
     plain.predict(torch.rand(1, 3, 40, 40), window)
@@ -246,7 +247,7 @@ def test_how_the_backbone_is_held_does_not_matter(saved):
 
 
 def test_a_load_that_fails_half_way_leaves_no_trace(saved, monkeypatch):
-    import reinpp.segmenter as module
+    import reinpp.models.segmenter as module
     config, state = read_adapter(saved[1])
     late = list(saved[0].trained)[-3]
     state[late] = torch.empty(state[late].shape, device="meta")  # has the right shape and no numbers

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reinpp.losses import segmentation_loss
-from reinpp.semantic_fpn import SemanticFPN
+from reinpp.models.losses import segmentation_loss
+from reinpp.models.semantic_fpn import SemanticFPN
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_learns_one_picture():
 
 @pytest.mark.parametrize("adapter,arguments", [("freeze", {}), ("rein_g", dict(num_tokens=8, rank=2))])
 def test_in_a_segmenter(tmp_path, adapter, arguments):
-    from reinpp.segmenter import HEADS, create_segmenter, load_segmenter
+    from reinpp.models.segmenter import HEADS, create_segmenter, load_segmenter
     if "semantic_fpn" not in HEADS: pytest.skip("the segmenter does not offer this head")
     make = lambda: create_segmenter("tiny", adapter, "semantic_fpn", image_size=64, pretrained=False, adapter_args=arguments, head_args=dict(hidden_dim=32))
     segmenter, images = make(), torch.rand(2, 3, 50, 70)

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reinpp.losses import mask_classification_loss, normalized_score_loss, targets_from_labels
-from reinpp.mask2former import semantic_scores, sine_position
-from reinpp.proposals import pad
-from reinpp.segmenter import create_segmenter
-from reinpp.stm import STM, mask_boxes, pool_under
+from reinpp.models.losses import mask_classification_loss, normalized_score_loss, targets_from_labels
+from reinpp.models.mask2former import semantic_scores, sine_position
+from reinpp.adaptation.masks import pad
+from reinpp.models.segmenter import create_segmenter
+from reinpp.adaptation.stm import STM, mask_boxes, pool_under
 
 SMALL = dict(hidden_dim=32, encoder_layers=1, num_heads=4, encoder_ffn=32, decoder_ffn=32)
 

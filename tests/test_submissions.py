@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from reinpp.datasets import Dataset
+from reinpp.data.datasets import Dataset
 from reinpp.labels import ID_MAPS
-from reinpp.submissions import SERVERS, check_submission, write_submission
+from reinpp.training.submissions import SERVERS, check_submission, write_submission
 
 NAMES = {"cityscapes": ["berlin_000000_000019_leftImg8bit", "bonn_000001_000019_leftImg8bit"],
          "acdc": ["GOPR0351_frame_000159_rgb_anon", "GP010400_frame_000017_rgb_anon"],

@@ -108,7 +108,7 @@ def fake_record(experiment, miou):
 @pytest.fixture
 def two_presets(tmp_path):
     "A ledger with Rein-G of the paper preset (two seeds, mIoU 60 and 62, DINOv2-L from GTAV and from Cityscapes) and of the tiny one."
-    from reinpp.experiments import Ledger, plan
+    from reinpp.paper.experiments import Ledger, plan
     ledger = Ledger(tmp_path / "results")
     for seed, miou in ((0, .60), (1, .62)):
         for setting in (None, "cityscapes"): ledger.put(e := plan("paper", "rein_g", seed, setting=setting), fake_record(e, miou))
@@ -133,7 +133,7 @@ def test_ours_is_filled_by_the_paper_preset_only(name, where, two_presets, tmp_p
 
 
 def test_rows_of_other_length_are_not_compared(tmp_path, capsys):
-    from reinpp.experiments import Ledger, plan
+    from reinpp.paper.experiments import Ledger, plan
     ledger = Ledger(tmp_path / "results")
     for method, limit, miou in (("rein_g", None, .3), ("freeze", 60, .1), ("full", None, .2)): ledger.put(e := plan("tiny", method, limit_iterations=limit), fake_record(e, miou))
     run("table2", **quiet(tmp_path, "table2", results=str(ledger.folder)))
@@ -146,7 +146,7 @@ def test_rows_of_other_length_are_not_compared(tmp_path, capsys):
 @pytest.fixture
 def few_scenes(tmp_path, monkeypatch):
     "The tiny preset with eight scenes to train on and one to test on, and folders of its own."
-    from reinpp import experiments
+    from reinpp.paper import experiments
     p = experiments.PRESETS["tiny"]
     monkeypatch.setitem(experiments.PRESETS, "tiny", dataclasses.replace(p, source="scenes:train[:8]", source_val="scenes:val[:1]", targets={"night": ("scenes:night/train[:8]", "scenes:night/val[:1]")},
                                                                          data=p.data | dict(min_class_pixels=20)))

