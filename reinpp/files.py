@@ -47,7 +47,8 @@ def write_together(
 ) -> None:
     """Nothing comes back; the files are there whole or not at all, their folders made.
 
-    All are written aside first (`.<name>.<random>.tmp`: other machines may write here, too), and then take their places."""
+    All are written aside first (`.<name>.<random>.tmp`: other machines may write here, too), and then take their
+    places."""
     files = {Path(path): data for path, data in files.items()}
     aside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in files}
     try:
@@ -194,8 +195,8 @@ def read_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by name, on the CPU; what is nested under `state_dict` or `model` is taken out.
 
-    Runs nothing that the file brings. Raises `FileNotFoundError` for a missing file or shard, `ValueError` for a damaged one
-    or one that holds more than tensors and numbers."""
+    Runs nothing that the file brings. Raises `FileNotFoundError` for a missing file or shard, `ValueError` for a
+    damaged one or one that holds more than tensors and numbers."""
     path = Path(path)
     if path.is_dir():
         path = _one_checkpoint(path)
@@ -212,7 +213,8 @@ def read_checkpoint(
                    f"save its state_dict alone, best as .safetensors ({_first_line(error)})")
         raise ValueError(message) from error
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError) or str(error).startswith(str(path.parent)):  # a shard has said it already
+        # a shard has said it already
+        if isinstance(error, FileNotFoundError) or str(error).startswith(str(path.parent)):
             raise
         message = f"{path}: this checkpoint is damaged or of another kind ({_first_line(error)}): fetch it again"
         raise ValueError(message) from error
@@ -248,8 +250,8 @@ PROGRESS = ("auto", "bar", "notebook", "lines", "none")
 class Progress:
     """Says how far work is, and how long it will take. A context manager; `update` after each piece of work.
 
-    "bar": tqdm's, on a terminal. "notebook": one output that is written over. "lines": about ten lines, and one every ten
-    minutes. "auto": what goes with where it runs. Raises ValueError for another word."""
+    "bar": tqdm's, on a terminal. "notebook": one output that is written over. "lines": about ten lines, and one every
+    ten minutes. "auto": what goes with where it runs. Raises ValueError for another word."""
 
     def __init__(
         self,
@@ -286,7 +288,8 @@ class Progress:
         elif self.show == "notebook" and (last or now - self.said > 0.5):
             self.said = now
             self._write_over(self.line(**values))
-        elif self.show == "lines" and (last or 10 * (self.done - self.said_done) >= self.total - self.first or now - self.said > 600):
+        elif self.show == "lines" and (last or 10 * (self.done - self.said_done) >= self.total - self.first
+                or now - self.said > 600):
             self.said, self.said_done = now, self.done
             print(self.line(**values), flush=True)
 
@@ -331,7 +334,8 @@ def cores() -> int:
 
 
 def each(
-    function: Callable,  # of one item; with several processes it must be importable: a function of a module, or a partial
+    # of one item; with several processes it must be importable: a function of a module, or a partial
+    function: Callable,
     items: Sequence,
     workers: int | None = None,  # processes; None: one for each core, none for fewer than 64 items; 0: this one
     start: str | None = None,  # multiprocessing's start method; "spawn" where workers use a GPU; None: the system's own

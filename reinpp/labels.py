@@ -43,39 +43,47 @@ ID_MAPS = {
 ID_MAPS |= {"gtav": ID_MAPS["cityscapes"], "urbansyn": ID_MAPS["trainids"]}
 "Dataset name -> {its label id: trainId}; ids that are not listed are ignored."
 
-HIGHEST_ID = {"cityscapes": 33, "gtav": 34, "synthia": 22, "mapillary": 65, "camvid": 11, "trainids": 18, "urbansyn": 19}
+HIGHEST_ID = {"cityscapes": 33, "gtav": 34, "synthia": 22, "mapillary": 65, "camvid": 11, "trainids": 18,
+    "urbansyn": 19}
 "Dataset name -> its largest label id. Anything above is a sign of another dataset, or of a damaged file."
 
 
 def all_ids(
     name: str,  # a key of `ID_MAPS`
 ) -> dict[int, int]:  # {every id that may occur: trainId, or 255}
-    "The whole map of a dataset: ids up to its highest, 255 for those that are ignored; where labels are trainIds, 255 itself may occur too."
+    """The whole map of a dataset: ids up to its highest, 255 for those that are ignored.
+
+    Where labels are trainIds, 255 itself may occur too."""
     ids = {i: ID_MAPS[name].get(i, IGNORE) for i in range(HIGHEST_ID[name] + 1)}
     return ids | ({IGNORE: IGNORE} if name in ("trainids", "urbansyn") else {})
 
 # %% ../nbs/00_labels.ipynb #a1bc0fca
 def lookup(
     mapping: dict[int, int],  # label id (0..255) -> trainId (0..18 or 255), a value of `ID_MAPS`
-) -> np.ndarray:              # (256,) uint8: index it with a label image of ids
-    "The table of `mapping` over all 256 byte values, with `IGNORE` for ids that it lacks. Raises ValueError on ids outside a byte and on unknown trainIds."
+) -> np.ndarray:  # (256,) uint8: index it with a label image of ids
+    """The table of `mapping` over all 256 byte values, with `IGNORE` for ids that it lacks.
+
+    Raises ValueError on ids outside a byte and on unknown trainIds."""
     table = np.full(256, IGNORE, np.uint8)
     for i, train_id in mapping.items():
         if not 0 <= i <= 255:
             raise ValueError(f"label id {i} does not fit in a byte; a mapping's keys must lie in 0..255")
         if train_id != IGNORE and not 0 <= train_id < len(CLASSES):
-            raise ValueError(f"label id {i} maps to {train_id}, which is no trainId; use 0..{len(CLASSES) - 1} or {IGNORE}")
+            raise ValueError(
+                f"label id {i} maps to {train_id}, which is no trainId; use 0..{len(CLASSES) - 1} or {IGNORE}")
         table[i] = train_id
     return table
 
 # %% ../nbs/00_labels.ipynb #ce822002
 def palette(
     classes: int,  # how many, 1 to 255
-) -> np.ndarray:   # (classes, 3) uint8 RGB
+) -> np.ndarray:  # (classes, 3) uint8 RGB
     "Colours of any number of classes; the first 19 are `PALETTE`. Raises ValueError unless 1 <= classes <= 255."
     import colorsys
-    if not 1 <= classes <= IGNORE: raise ValueError(f"palette: {classes} classes; a label map holds 1 to {IGNORE}, since {IGNORE} means ignored")
-    more = [colorsys.hsv_to_rgb(i * 0.618034 % 1, (.55, .9)[i % 2], (.95, .65)[i // 2 % 2]) for i in range(len(PALETTE), classes)]
+    if not 1 <= classes <= IGNORE:
+        raise ValueError(f"palette: {classes} classes; a label map holds 1 to {IGNORE}, since {IGNORE} means ignored")
+    more = [colorsys.hsv_to_rgb(i * 0.618034 % 1, (.55, .9)[i % 2], (.95, .65)[i // 2 % 2])
+        for i in range(len(PALETTE), classes)]
     return np.concatenate([PALETTE, np.round(255 * np.array(more).reshape(-1, 3)).astype(np.uint8)])[:classes]
 
 
@@ -84,8 +92,8 @@ _COLOURS[:IGNORE] = palette(IGNORE)
 
 
 def colorize(
-    label,            # (H, W) class numbers: array or tensor, 255 = ignore
-) -> np.ndarray:      # (H, W, 3) uint8 RGB; ignored pixels are black
+    label,  # (H, W) class numbers: array or tensor, 255 = ignore
+) -> np.ndarray:  # (H, W, 3) uint8 RGB; ignored pixels are black
     "Paint a label map in the colours of `palette`. Raises ValueError unless it has two dimensions."
     label = np.asarray(label)
     if label.ndim != 2:
@@ -94,11 +102,13 @@ def colorize(
 
 
 def overlay(
-    image,               # (H, W, 3) uint8 RGB
-    label,               # (H, W) class numbers
+    image,  # (H, W, 3) uint8 RGB
+    label,  # (H, W) class numbers
     alpha: float = 0.5,  # share of the label's colour, 0 to 1
-) -> np.ndarray:         # (H, W, 3) uint8 RGB
-    "The image with its labels painted over it; ignored pixels keep the image. Raises ValueError where the sizes differ."
+) -> np.ndarray:  # (H, W, 3) uint8 RGB
+    """The image with its labels painted over it; ignored pixels keep the image.
+
+    Raises ValueError where the sizes differ."""
     image, label = np.asarray(image), np.asarray(label)
     if image.shape != (*label.shape, 3):
         raise ValueError(f"image {image.shape} and label {label.shape} differ in size; expected (H, W, 3) and (H, W)")
@@ -107,10 +117,10 @@ def overlay(
 
 
 def legend(
-    ax,              # matplotlib axes to draw on; its frame is switched off
-    classes=None,    # class numbers to show, all by default
+    ax,  # matplotlib axes to draw on; its frame is switched off
+    classes=None,  # class numbers to show, all by default
     columns: int = 1,  # columns of the legend
-    names=CLASSES,   # what the numbers are called
+    names=CLASSES,  # what the numbers are called
 ) -> None:
     "Draw the colour key of the classes on `ax`."
     from matplotlib.patches import Patch

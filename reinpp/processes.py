@@ -29,7 +29,9 @@ def init_process_group(
     device: str | torch.device | None = None,  # None: the GPU if there is one
     timeout: float = 30,  # minutes that a process waits for another one before it ends with an error
 ) -> torch.device:  # where this process is to compute
-    """The device of this process. Under `torchrun` (or `accelerate launch`) it also joins the group, unless it has already.
+    """The device of this process.
+
+    Under `torchrun` (or `accelerate launch`) it also joins the group, unless it has already.
 
     It gets a GPU of its own, `cuda:LOCAL_RANK` and NCCL, or the CPU and gloo. Raises ValueError where there are more
     processes than GPUs."""

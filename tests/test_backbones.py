@@ -5,11 +5,20 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from reduced import NAMES, reduced
 from safetensors.torch import save_file
 
-from reduced import NAMES, reduced
-from reinpp.models.backbones import BACKBONES, convert_internvit, create_backbone, extract_features, held_bytes, official_resize, other_spec, patch_size_of
 from reinpp.files import read_checkpoint
+from reinpp.models.backbones import (
+    BACKBONES,
+    convert_internvit,
+    create_backbone,
+    extract_features,
+    held_bytes,
+    official_resize,
+    other_spec,
+    patch_size_of,
+)
 from reinpp.models.rein_g import ReinG
 
 SIZES = ((64, 64), (96, 160))
@@ -18,7 +27,8 @@ FEW = dict(embed_dim=48, depth=4, num_heads=3)
 
 def rein_for(vit, scale=0.0):
     torch.manual_seed(1)
-    return ReinG(vit.embed_dim, len(vit.blocks), num_tokens=10, rank=4, num_heads=4, query_dim=16, num_prefix_tokens=vit.num_prefix_tokens, scale=scale).attach(vit)
+    return ReinG(vit.embed_dim, len(vit.blocks), num_tokens=10, rank=4, num_heads=4, query_dim=16,
+        num_prefix_tokens=vit.num_prefix_tokens, scale=scale).attach(vit)
 
 
 def pictures(size=(64, 64), count=2):
@@ -36,7 +46,9 @@ def test_rein_g_on_every_backbone(name):
         assert all(m.shape == (2, 48, size[0] // patch, size[1] // patch) and m.isfinite().all() for m in base)
         assert not torch.allclose(base[0][0], base[0][1], atol=1e-3), "two images, two answers"
         rein = rein_for(vit)
-        with torch.no_grad(): off = extract_features(vit, images)  # with gradients SAM's attention takes another kernel, which rounds otherwise
+        with torch.no_grad():
+            # with gradients SAM's attention takes another kernel, which rounds otherwise
+            off = extract_features(vit, images)
         assert all(torch.equal(a, b) for a, b in zip(base, off)), "scale 0 is the base model, bit for bit"
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(base, extract_features(vit, images)))
         rein.scale.data.fill_(0.5)
@@ -48,21 +60,24 @@ def test_rein_g_on_every_backbone(name):
             return out
 
         rein.forward = watched
-        given = vit.blocks[-1].register_forward_pre_hook(lambda module, args: seen.update(given=args[0].detach().clone()))
+        given = vit.blocks[-1].register_forward_pre_hook(lambda module,
+            args: seen.update(given=args[0].detach().clone()))
         changed = extract_features(vit, images)
         given.remove()
         assert torch.equal(seen.pop("given"), seen[len(vit.blocks) - 2][1]), "the next block reads the refined tokens"
         assert seen.keys() == set(range(len(vit.blocks)))
         for before, refined in seen.values():
             assert not torch.equal(before, refined)
-            if before.ndim == 3: assert torch.equal(before[:, :prefix], refined[:, :prefix]), "prefix tokens pass untouched"
+            if before.ndim == 3:
+                assert torch.equal(before[:, :prefix], refined[:, :prefix]), "prefix tokens pass untouched"
         assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(base, changed))
         sum(m.square().mean() for m in changed).backward()
         rein.queries().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in rein.parameters()), "Rein-G is trained"
         assert all(p.grad is None and not p.requires_grad for p in vit.parameters()), "and nothing else"
         rein.detach()
-        assert all(torch.equal(a, b) for a, b in zip(base, extract_features(vit, images))), "detached is the base model, bit for bit"
+        assert all(torch.equal(a, b) for a, b in zip(base,
+            extract_features(vit, images))), "detached is the base model, bit for bit"
         assert vit.state_dict().keys() == keys
 
 
@@ -102,23 +117,31 @@ def test_held_in_few_bits(name, hold):
     assert (maps[-1] - reference).norm() / reference.norm() < {"int8": 0.06, "int4": 0.35}[hold]
     rein.scale.data.fill_(0.5)
     sum(m.square().mean() for m in extract_features(held, images)).backward()
-    assert rein.tokens_a.grad.abs().amax((1, 2)).min() > 0, "gradients reach the first layer's tokens through the packed blocks"
+    assert rein.tokens_a.grad.abs().amax(
+        (1, 2)).min() > 0, "gradients reach the first layer's tokens through the packed blocks"
 
 
 def test_few_bits_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ImportError, match="pip install"): create_backbone("tiny", pretrained=False, hold="int8")
+    with pytest.raises(ImportError, match="pip install"):
+        create_backbone("tiny", pretrained=False, hold="int8")
 
 
 def test_wrong_arguments_say_so():
-    for arguments, message in ((dict(name="dinov2_huge"), "unknown: use one of"), (dict(name="tiny", hold="int3"), "use one of fp32"),
-                               (dict(name="tiny", patch_resize="nearest"), "'timm' or 'official'"), (dict(name="tiny", device="meta"), "pretrained=False"),
-                               (dict(name="sam2_hiera_tiny"), "stages of different widths"), (dict(name="resnet18"), "Rein-G"),
-                               (dict(name="naflexvit_base_patch16_siglip"), "no plain vision transformer"), (dict(name="vit_base_patch16_224.nobody"), "nobody")):
-        with pytest.raises(ValueError, match=message) as caught: create_backbone(**arguments)
+    for arguments, message in ((dict(name="dinov2_huge"), "unknown: use one of"),
+            (dict(name="tiny", hold="int3"), "use one of fp32"),
+                               (dict(name="tiny", patch_resize="nearest"), "'timm' or 'official'"),
+                               (dict(name="tiny", device="meta"), "pretrained=False"),
+                               (dict(name="sam2_hiera_tiny"), "stages of different widths"),
+                               (dict(name="resnet18"), "Rein-G"),
+                               (dict(name="naflexvit_base_patch16_siglip"), "no plain vision transformer"),
+                               (dict(name="vit_base_patch16_224.nobody"), "nobody")):
+        with pytest.raises(ValueError, match=message) as caught:
+            create_backbone(**arguments)
         assert "\n" not in str(caught.value)
     vit = reduced("dinov2_small")
-    with pytest.raises(ValueError, match="64x70 is not a multiple of the patch"): extract_features(vit, torch.zeros(1, 3, 64, 70))
+    with pytest.raises(ValueError, match="64x70 is not a multiple of the patch"):
+        extract_features(vit, torch.zeros(1, 3, 64, 70))
 
 
 def test_any_timm_name():
@@ -132,10 +155,12 @@ def test_any_timm_name():
 def test_meta_takes_no_memory():
     for name, millions in (("internvl_6b", 5906), ("dinov3_7b", 6716)):
         vit = create_backbone(name, device="meta", pretrained=False)
-        assert all(p.is_meta for p in vit.parameters()) and round(sum(p.numel() for p in vit.parameters()) / 1e6) == millions
+        assert all(p.is_meta for p in vit.parameters()) and round(
+            sum(p.numel() for p in vit.parameters()) / 1e6) == millions
 
 
-# weights ---------------------------------------------------------------------------------------------------------------------------
+# weights
+# ---------------------------------------------------------------------------------------------------------------------------
 
 def test_weights_from_files(tmp_path):
     source = reduced("dinov2_large")
@@ -147,42 +172,53 @@ def test_weights_from_files(tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     keys = list(state)
-    for i in range(3): torch.save({k: state[k] for k in keys[i::3]}, shards / f"pytorch_model-{i}.bin")
-    (shards / "pytorch_model.bin.index.json").write_text(json.dumps(dict(weight_map={k: f"pytorch_model-{i % 3}.bin" for i, k in enumerate(keys)})))
+    for i in range(3):
+        torch.save({k: state[k] for k in keys[i::3]}, shards / f"pytorch_model-{i}.bin")
+    (shards / "pytorch_model.bin.index.json").write_text(
+        json.dumps(dict(weight_map={k: f"pytorch_model-{i % 3}.bin" for i, k in enumerate(keys)})))
     for file in ("a.safetensors", "b.pth", "c.bin", "d.pt", "shards", "shards/pytorch_model.bin.index.json"):
         loaded = create_backbone("dinov2_large", 64, weights=tmp_path / file, **FEW)
         assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items()), file
     (shards / "pytorch_model-1.bin").unlink()
-    with pytest.raises(FileNotFoundError, match="pytorch_model-1.bin"): read_checkpoint(shards)
+    with pytest.raises(FileNotFoundError, match="pytorch_model-1.bin"):
+        read_checkpoint(shards)
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
     (tmp_path / "b.pth").write_bytes((tmp_path / "b.pth").read_bytes()[:5000])
     for file in ("a.safetensors", "b.pth"):
-        with pytest.raises(ValueError, match=f"{file}: .*damaged") as caught: read_checkpoint(tmp_path / file)
+        with pytest.raises(ValueError, match=f"{file}: .*damaged") as caught:
+            read_checkpoint(tmp_path / file)
         assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="nowhere"): create_backbone("dinov2_large", weights=tmp_path / "nowhere.pth", **FEW)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        create_backbone("dinov2_large", weights=tmp_path / "nowhere.pth", **FEW)
     (empty := tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no .index.json"): read_checkpoint(empty)
+    with pytest.raises(FileNotFoundError, match="no .index.json"):
+        read_checkpoint(empty)
 
 
 def test_keys_that_do_not_fit_are_named(tmp_path):
     state = {k: v.clone() for k, v in reduced("clip_large").state_dict().items()}
-    save_file({k: v for k, v in state.items() if "blocks.2.attn.qkv" not in k} | {"surprise": torch.zeros(1)}, tmp_path / "a.safetensors")
+    save_file({k: v for k, v in state.items() if "blocks.2.attn.qkv" not in k} | {"surprise": torch.zeros(1)},
+        tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="missing 2 keys .blocks.2.attn.qkv.weight.*unexpected 1 keys .surprise"):
         create_backbone("clip_large", 64, weights=tmp_path / "a.safetensors", **FEW)
     save_file(state | {"blocks.1.norm1.weight": torch.zeros(7)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="a.safetensors does not fit .*blocks.1.norm1.weight"): create_backbone("clip_large", 64, weights=tmp_path / "a.safetensors", **FEW)
+    with pytest.raises(ValueError, match="a.safetensors does not fit .*blocks.1.norm1.weight"):
+        create_backbone("clip_large", 64, weights=tmp_path / "a.safetensors", **FEW)
     save_file(state | {"head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10)}, tmp_path / "a.safetensors")
-    create_backbone("clip_large", 64, weights=tmp_path / "a.safetensors", **FEW)  # a classifier is of no use to anyone here
+    # a classifier is of no use to anyone here
+    create_backbone("clip_large", 64, weights=tmp_path / "a.safetensors", **FEW)
 
 
 class Bomb:
-    def __reduce__(self): return (exec, ("import builtins; builtins.bomb_went_off = True",))
+    def __reduce__(self):
+        return (exec, ("import builtins; builtins.bomb_went_off = True",))
 
 
 def test_pickles_are_not_executed(tmp_path):
     import builtins
     torch.save({"state_dict": {"a": torch.zeros(1)}, "bomb": Bomb()}, tmp_path / "bomb.pth")
-    with pytest.raises(ValueError, match="bomb.pth: not loaded.*more than tensors"): create_backbone("dinov2_large", weights=tmp_path / "bomb.pth")
+    with pytest.raises(ValueError, match="bomb.pth: not loaded.*more than tensors"):
+        create_backbone("dinov2_large", weights=tmp_path / "bomb.pth")
     assert not hasattr(builtins, "bomb_went_off")
 
 
@@ -190,13 +226,17 @@ def test_no_network_says_where_to_get_and_where_to_put(monkeypatch, tmp_path):
     import reinpp.models.backbones as module
     monkeypatch.setattr(module, "data_folder", lambda: tmp_path)
     def offline(*args, pretrained=False, **options):
-        if pretrained: raise OSError("no route to host")
+        if pretrained:
+            raise OSError("no route to host")
         raise AssertionError("made without its weights")
     monkeypatch.setattr(module.timm, "create_model", offline)
-    with pytest.raises(FileNotFoundError) as caught: create_backbone("dinov2_large")
+    with pytest.raises(FileNotFoundError) as caught:
+        create_backbone("dinov2_large")
     message = str(caught.value)
-    assert all(part in message for part in ("huggingface.co/timm/vit_large_patch14_dinov2.lvd142m", str(tmp_path / "weights" / "vit_large_patch14_dinov2.lvd142m.safetensors"), "weights=<file>"))
-    with pytest.raises(FileNotFoundError, match="pretrain_tiny"): create_backbone("tiny")
+    assert all(part in message for part in ("huggingface.co/timm/vit_large_patch14_dinov2.lvd142m",
+        str(tmp_path / "weights" / "vit_large_patch14_dinov2.lvd142m.safetensors"), "weights=<file>"))
+    with pytest.raises(FileNotFoundError, match="pretrain_tiny"):
+        create_backbone("tiny")
 
 
 def test_a_file_in_the_data_folder_is_found(monkeypatch, tmp_path):
@@ -209,7 +249,8 @@ def test_a_file_in_the_data_folder_is_found(monkeypatch, tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
 
 
-# patches of another size -----------------------------------------------------------------------------------------------------------
+# patches of another size
+# -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("old, new", [(14, 16), (16, 14)])
 @pytest.mark.parametrize("name", ["dinov2_large", "eva02_large"])
@@ -221,40 +262,53 @@ def test_patch_resize_both_ways(name, old, new, tmp_path):
         source.pos_embed.normal_()
     file = tmp_path / "w.safetensors"
     save_file({k: v.clone() for k, v in source.state_dict().items()}, file)
-    make = lambda way: create_backbone(name, (new * 8, new * 4), new, weights=file, patch_resize=way, **FEW)
+    def make(way):
+        return create_backbone(name, (new * 8, new * 4), new, weights=file, patch_resize=way, **FEW)
     if old == 16:  # made at its own patch first, which for this test's file is not the published one
         official = official_resize(create_backbone(name, own, old, weights=file, **FEW), (new * 8, new * 4), new)
-    else: official = make("official")
+    else:
+        official = make("official")
     timms = make("timm")
     kernel, positions = source.patch_embed.proj.weight, source.pos_embed
-    assert torch.equal(official.patch_embed.proj.weight, F.interpolate(kernel, (new, new), mode="bicubic", align_corners=False))
+    assert torch.equal(official.patch_embed.proj.weight,
+        F.interpolate(kernel, (new, new), mode="bicubic", align_corners=False))
     grid = source.patch_embed.grid_size
     old_map = positions[:, 1:].reshape(1, *grid, -1).permute(0, 3, 1, 2)
-    assert torch.equal(official.pos_embed[:, 1:], F.interpolate(old_map, (8, 4), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).reshape(1, 32, -1))
-    assert torch.equal(official.pos_embed[:, 0], positions[:, 0]) and official.pos_embed.shape == timms.pos_embed.shape == (1, 33, 48)
+    assert torch.equal(official.pos_embed[:, 1:], F.interpolate(old_map, (8, 4), mode="bicubic",
+        align_corners=False).permute(0, 2, 3, 1).reshape(1, 32, -1))
+    assert torch.equal(
+        official.pos_embed[:, 0], positions[:, 0]) and official.pos_embed.shape == timms.pos_embed.shape == (1, 33, 48)
     # the answer to a flat patch is the kernel's sum: timm keeps it, the official way scales it by the number of pixels
-    flat = lambda model: model.patch_embed.proj.weight.sum((1, 2, 3))
-    slope = lambda model: ((flat(model) @ flat(source)) / (flat(source) @ flat(source))).item()
+    def flat(model):
+        return model.patch_embed.proj.weight.sum((1, 2, 3))
+    def slope(model):
+        return ((flat(model) @ flat(source)) / (flat(source) @ flat(source))).item()
     assert abs(slope(timms) - 1) < 0.02 and abs(slope(official) - (new / old) ** 2) < 0.02
-    assert all(not p.requires_grad for p in official.parameters()) and extract_features(official, pictures((new * 3, new * 5)))[0].shape == (2, 48, 3, 5)
+    assert all(not p.requires_grad for p in official.parameters()) and extract_features(official,
+        pictures((new * 3, new * 5)))[0].shape == (2, 48, 3, 5)
 
 
 def test_official_resize_refuses_sam():
-    with pytest.raises(ValueError, match="cannot be resized"): official_resize(reduced("sam_base"), 64, 14)
+    with pytest.raises(ValueError, match="cannot be resized"):
+        official_resize(reduced("sam_base"), 64, 14)
 
 
-# InternVL --------------------------------------------------------------------------------------------------------------------------
+# InternVL
+# --------------------------------------------------------------------------------------------------------------------------
 
 def published_internvit(depth=4, width=48, side=4, seed=0):
     "Random weights under the published names; nothing is at its initial value."
     g = torch.Generator().manual_seed(seed)
-    r = lambda *shape: torch.randn(*shape, generator=g) * shape[-1] ** -0.5
+    def r(*shape):
+        return torch.randn(*shape, generator=g) * shape[-1] ** -0.5
     state = {"embeddings.class_embedding": r(1, 1, width), "embeddings.position_embedding": r(1, side**2 + 1, width),
              "embeddings.patch_embedding.weight": r(width, 3, 14, 14) / 14, "embeddings.patch_embedding.bias": r(width)}
     for i in range(depth):
         state |= {f"encoder.layers.{i}.{k}": v for k, v in {
-            "attn.qkv.weight": r(3 * width, width), "attn.q_norm.weight": 1 + r(width), "attn.k_norm.weight": 1 + r(width), "attn.proj.weight": r(width, width), "attn.proj.bias": r(width),
-            "ls1": 0.1 + r(width), "ls2": 0.1 + r(width), "mlp.fc1.weight": r(4 * width, width), "mlp.fc1.bias": r(4 * width), "mlp.fc2.weight": r(width, 4 * width), "mlp.fc2.bias": r(width),
+            "attn.qkv.weight": r(3 * width, width), "attn.q_norm.weight": 1 + r(width), "attn.k_norm.weight": 1
+            + r(width), "attn.proj.weight": r(width, width), "attn.proj.bias": r(width),
+            "ls1": 0.1 + r(width), "ls2": 0.1 + r(width), "mlp.fc1.weight": r(4 * width, width),
+            "mlp.fc1.bias": r(4 * width), "mlp.fc2.weight": r(width, 4 * width), "mlp.fc2.bias": r(width),
             "norm1.weight": 1 + r(width), "norm2.weight": 1 + r(width)}.items()}
     return state
 
@@ -262,7 +316,8 @@ def published_internvit(depth=4, width=48, side=4, seed=0):
 def plain_internvit(state, images, heads, depth=4):
     "The same model from its description, one sum at a time: what every block puts out, without the class token."
     s = {k: v.double() for k, v in state.items()}
-    rms = lambda x, w: w * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    def rms(x, w):
+        return w * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     b, _, h, w = images.shape
     cut = images.double().reshape(b, 3, h // 14, 14, w // 14, 14).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 3 * 14 * 14)
     x = cut @ s["embeddings.patch_embedding.weight"].flatten(1).T + s["embeddings.patch_embedding.bias"]
@@ -289,22 +344,30 @@ def plain_internvit(state, images, heads, depth=4):
 def test_internvl_equals_a_plain_recomputation(tmp_path):
     state, images = published_internvit(), pictures((56, 56))
     halves = list(state)[::2], list(state)[1::2]
-    for i, keys in enumerate(halves): save_file({k: state[k] for k in keys}, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map={k: f"model-0000{i + 1}-of-00002.safetensors" for i, keys in enumerate(halves) for k in keys})))
+    for i, keys in enumerate(halves):
+        save_file({k: state[k] for k in keys}, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps(
+        dict(weight_map={k: f"model-0000{i + 1}-of-00002.safetensors" for i, keys in enumerate(halves) for k in keys})))
     vit = create_backbone("internvl_6b", 56, patch_size=14, weights=tmp_path, **FEW)
     want = plain_internvit(state, images, heads=3)
     maps = extract_features(vit.double(), images.double(), (0, 1, 2, 3))
     assert all((a - b).abs().max() < 1e-10 for a, b in zip(maps, want))
     keys = vit.state_dict().keys()
     # normalising a head at a time, as timm's own option does, is another model
-    for block in vit.blocks: block.attn.q_norm = HeadNorm(block.attn.q_norm, 3)
+    for block in vit.blocks:
+        block.attn.q_norm = HeadNorm(block.attn.q_norm, 3)
     assert (extract_features(vit, images.double(), (3,))[0] - want[3]).abs().max() > 1e-3
     # inside a whole InternVL the same keys carry a prefix, and the language model beside them is none of ours
     whole = {f"vision_model.{k}": v for k, v in state.items()} | {"language_model.x": torch.zeros(1)}
     assert convert_internvit(whole).keys() == keys
-    for change, message in (({}, "missing 1 keys .blocks.3.norm2.weight"), ({"encoder.layers.9.ls1": torch.zeros(48)}, "unexpected 1 keys .blocks.9.ls1.gamma"), ({"logit_scale": torch.zeros(1)}, "unexpected 1 keys .logit_scale")):
-        save_file({k: v for k, v in state.items() if change or k != "encoder.layers.3.norm2.weight"} | change, tmp_path / "one.safetensors")
-        with pytest.raises(ValueError, match=message): create_backbone("internvl_6b", 56, patch_size=14, weights=tmp_path / "one.safetensors", **FEW)
+    for change, message in (({}, "missing 1 keys .blocks.3.norm2.weight"),
+            ({"encoder.layers.9.ls1": torch.zeros(48)}, "unexpected 1 keys .blocks.9.ls1.gamma"),
+            ({"logit_scale": torch.zeros(1)}, "unexpected 1 keys .logit_scale")):
+        save_file({k: v for k, v in state.items() if change or k != "encoder.layers.3.norm2.weight"} | change,
+            tmp_path / "one.safetensors")
+        with pytest.raises(ValueError, match=message):
+            create_backbone("internvl_6b", 56, patch_size=14, weights=tmp_path / "one.safetensors", **FEW)
 
 
 class HeadNorm(torch.nn.Module):
@@ -321,6 +384,7 @@ def test_internvl_is_the_published_size():
     vit = create_backbone("internvl_6b", 224, patch_size=14, device="meta", pretrained=False)
     block = vit.blocks[0]
     assert (vit.embed_dim, len(vit.blocks), block.attn.num_heads, block.mlp.fc1.out_features) == (3200, 48, 25, 12800)
-    assert block.attn.qkv.bias is None and block.attn.q_norm.weight.shape == (3200,) and vit.pos_embed.shape == (1, 257, 3200)
+    assert block.attn.qkv.bias is None and block.attn.q_norm.weight.shape == (3200,) and vit.pos_embed.shape == (1, 257,
+        3200)
     names = convert_internvit(published_internvit(depth=48))
     assert names.keys() == vit.state_dict().keys()

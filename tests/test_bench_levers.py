@@ -7,58 +7,70 @@ from pathlib import Path
 import pytest
 import torch
 
-from reinpp.paper import bench as module
-from reinpp.paper.bench import LEVERS, Job, Row, Sizes, beside_ratios, beside_table, records, save
 from reinpp.models.mask2former import open_rows
 from reinpp.models.segmenter import create_segmenter
+from reinpp.paper import bench as module
+from reinpp.paper.bench import LEVERS, Job, Row, Sizes, beside_ratios, beside_table, records, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(model=dict(backbone_args=dict(depth=4), image_size=64), data=dict(crop=64, num_points=64, limit=8))
-SIZES = Sizes(channels=64, grid=8, classes=3, predictions=2, points=64, row_g=Row("rein_g", **SMALL), row_a=Row("rein_a", **SMALL), repeats=1)
+SIZES = Sizes(channels=64, grid=8, classes=3, predictions=2, points=64, row_g=Row("rein_g", **SMALL),
+    row_a=Row("rein_a", **SMALL), repeats=1)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def segmenter_like_a_trained_one():
-    segmenter = create_segmenter("tiny", num_classes=5, image_size=64, pretrained=False, backbone_args=dict(depth=4), adapter_args=dict(num_tokens=10, rank=4),
-                                 head_args=dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4))
-    with torch.no_grad(): segmenter.adapter.scale.fill_(.5)
+    segmenter = create_segmenter("tiny", num_classes=5, image_size=64, pretrained=False, backbone_args=dict(depth=4),
+        adapter_args=dict(num_tokens=10, rank=4),
+                                 head_args=dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32,
+                                 decoder_ffn=32, num_heads=4))
+    with torch.no_grad():
+        segmenter.adapter.scale.fill_(.5)
     return segmenter
 
 
-@pytest.mark.parametrize("name", ["fused attention", "masked attention through a fused kernel", "gradient checkpointing per block", "teacher without a graph"])
+@pytest.mark.parametrize("name", ["fused attention", "masked attention through a fused kernel",
+"gradient checkpointing per block", "teacher without a graph"])
 def test_results_are_those_of_the_plain_path(name):
     measure, _ = LEVERS[name]
     found = measure(CPU, SIZES)
-    assert set(found["seconds"]) == {"without", "given"} and found["bytes"]["given"] <= found["bytes"]["without"] and found["difference"] < 1e-5
+    assert set(found["seconds"]) == {"without", "given"} and found["bytes"]["given"] <= found["bytes"][
+        "without"] and found["difference"] < 1e-5
 
 
 def test_differences_are_seen():
-    def way(factor): return [factor * torch.ones(3, requires_grad=True), torch.zeros(2)]
-    assert module._compare(CPU, 1, without=lambda: way(1.0), given=lambda: way(1.5))["difference"] == pytest.approx(1 / 3)
+    def way(factor):
+        return [factor * torch.ones(3, requires_grad=True), torch.zeros(2)]
+    assert module._compare(CPU, 1, without=lambda: way(1.0),
+        given=lambda: way(1.5))["difference"] == pytest.approx(1 / 3)
     assert module._compare(CPU, 1, without=lambda: None, given=lambda: None)["difference"] is None
 
 
 def test_the_plain_masked_attention_would_be_nan_without_open_rows():
     nothing = torch.zeros(1, 1, 2, 4, dtype=torch.bool)
-    assert open_rows(nothing).all() and torch.zeros(1, 1, 2, 4).masked_fill(~nothing, -torch.inf).softmax(-1).isnan().all()
+    assert open_rows(nothing).all() and torch.zeros(1, 1, 2, 4).masked_fill(~nothing,
+        -torch.inf).softmax(-1).isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks(backend):
-    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "c++"))): pytest.skip("no C++ compiler")
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("no C++ compiler")
     segmenter, images = segmenter_like_a_trained_one(), torch.rand(2, 3, 64, 64)
     names, expected = list(segmenter.state_dict()), segmenter.predict(images)
 
     def gradient():
-        return torch.autograd.grad(sum(m.square().mean() for m in segmenter.features(images)), [segmenter.adapter.tokens_a])[0]
+        return torch.autograd.grad(sum(m.square().mean() for m in segmenter.features(images)),
+            [segmenter.adapter.tokens_a])[0]
     plain = gradient()
     assert segmenter.compile_blocks(backend=backend) is segmenter and list(segmenter.state_dict()) == names
     assert (segmenter.predict(images) - expected).abs().max() < 1e-5 * expected.max()
     assert (gradient() - plain).abs().max() < 1e-5 * plain.abs().max() and plain.abs().max() > 0
     other = copy.deepcopy(segmenter)
     with torch.no_grad():
-        for p in other.backbone.blocks.parameters(): p.mul_(1.1)
+        for p in other.backbone.blocks.parameters():
+            p.mul_(1.1)
     assert (segmenter.predict(images) - expected).abs().max() < 1e-5 * expected.max(), "a copy has its own blocks"
     tokens = torch.rand(1, 65, 128)
     assert (other.backbone.blocks[0](tokens) - segmenter.backbone.blocks[0](tokens)).abs().max() > 1e-3
@@ -71,15 +83,18 @@ def test_prediction_in_bf16():
     rounded = segmenter.predict(images, 64, precision="bf16")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(segmenter.predict(images, 64), rounded)
-        assert torch.equal(segmenter.predict(images, 64, precision="float32"), exact), "said here, it holds whatever is around"
+        assert torch.equal(segmenter.predict(images, 64, precision="float32"),
+            exact), "said here, it holds whatever is around"
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().mean() < .2 * exact.mean()
-    with pytest.raises(ValueError, match="precision='fp8': use bf16, float32 or None"): segmenter.predict(images, precision="fp8")
+    with pytest.raises(ValueError, match="precision='fp8': use bf16, float32 or None"):
+        segmenter.predict(images, precision="fp8")
 
 
 def losses_of(precision, seed, steps=100):
     "The losses of a short training on one batch, points drawn anew in every step."
     job = Job(Row("rein_g", **SMALL), precision=precision)
-    for group in job.optimizer.param_groups: group["lr"] = 1e-3
+    for group in job.optimizer.param_groups:
+        group["lr"] = 1e-3
     found = []
     with module.arithmetic(precision, CPU) as autocast:
         for step in range(steps):
@@ -100,25 +115,36 @@ def test_bf16_learns_as_float32_does():
 
 def record(date, device="A card", kind="cuda", threads=2, gigabytes=4e9):
     "A record with the rows of Table VII and XII that matter here; invented numbers."
-    made = lambda row, what, path, batch, seconds: dict(row=row, what=what, path=path, precision="bf16", batch=batch, seconds=seconds, fastest=seconds, slowest=seconds, peak_memory=gigabytes, kept_bytes=1, operations=1)
-    rows = [made("dinov2_large_rein_g", "rein_g", path, 4, s) for path, s in (("ours", .1), ("reference", .4))] + [made("dinov2_large_rein_a", "rein_a", path, 1, s) for path, s in (("ours", .2), ("reference", .6))]
-    return dict(kind="bench", device=device, device_type=kind, threads=threads, date=date, commit="0", versions={}, peak_speed={}, rows=rows, levers=[])
+    def made(row, what, path, batch, seconds):
+        return dict(row=row, what=what, path=path, precision="bf16", batch=batch, seconds=seconds, fastest=seconds,
+            slowest=seconds, peak_memory=gigabytes, kept_bytes=1, operations=1)
+    rows = [made("dinov2_large_rein_g", "rein_g", path, 4, s) for path,
+        s in (("ours", .1), ("reference", .4))] + [made("dinov2_large_rein_a", "rein_a", path, 1, s) for path,
+        s in (("ours", .2), ("reference", .6))]
+    return dict(kind="bench", device=device, device_type=kind, threads=threads, date=date, commit="0", versions={},
+        peak_speed={}, rows=rows, levers=[])
 
 
 def test_tables_show_the_newest_record_of_each_device(tmp_path):
-    assert records(tmp_path / "none") == [] and beside_table(7, tmp_path / "none") is None and beside_ratios(tmp_path / "none") is None
-    for r in (record("2030-01-02"), record("2030-01-01", gigabytes=9e9), record("2029-01-01", "A processor", "cpu")): save(r, tmp_path)
-    assert [(r["device"], r["date"]) for r in records(tmp_path)] == [("A processor", "2029-01-01"), ("A card", "2030-01-02")]
+    assert records(tmp_path / "none") == [] and beside_table(7,
+        tmp_path / "none") is None and beside_ratios(tmp_path / "none") is None
+    for r in (record("2030-01-02"), record("2030-01-01", gigabytes=9e9), record("2029-01-01", "A processor", "cpu")):
+        save(r, tmp_path)
+    assert [(r["device"], r["date"]) for r in records(tmp_path)] == [("A processor", "2029-01-01"),
+        ("A card", "2030-01-02")]
     seven, twelve = beside_table(7, tmp_path), beside_table(12, tmp_path)
     card = seven.loc["A card, 2030-01-02"].loc["DINOv2 (Large)"]
-    assert card.loc["Rein-G"].here.tolist() == ["bf16 0.10 s, 4.0 GB"] and "not measured here" in card.loc["Full"].here.tolist()
+    assert card.loc["Rein-G"].here.tolist() == ["bf16 0.10 s, 4.0 GB"] and "not measured here" in card.loc[
+        "Full"].here.tolist()
     assert twelve.loc["A card, 2030-01-02"].loc[("DINOv2 (Large)", "Rein-A")].here.tolist() == ["bf16 0.20 s, 4.0 GB"]
     found = beside_ratios(tmp_path, ("rein_a",))
-    assert found.loc[("A card, 2030-01-02", "dinov2_large_rein_a"), "time"] == 3 and "dinov2_large_rein_g" not in found.index.get_level_values("row")
+    assert found.loc[("A card, 2030-01-02", "dinov2_large_rein_a"),
+        "time"] == 3 and "dinov2_large_rein_g" not in found.index.get_level_values("row")
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["kind"] == "bench"
 
 
-@pytest.mark.parametrize("page, row, ratio", [("table7", "bf16 0.10 s, 4.0 GB", 4), ("table12", "bf16 0.20 s, 4.0 GB", 3)])
+@pytest.mark.parametrize(
+"page, row, ratio", [("table7", "bf16 0.10 s, 4.0 GB", 4), ("table12", "bf16 0.20 s, 4.0 GB", 3)])
 def test_the_pages_show_the_record(page, row, ratio, tmp_path):
     cells = json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text())["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]

@@ -14,24 +14,44 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from reinpp.data.catalog import DATASETS, open_dataset
 from reinpp.data.datasets import Dataset
-from reinpp.training.evaluation import CONDITIONS, PROTOCOL_SETS, SYNTHIA_13, SYNTHIA_16, average, evaluate, evaluate_set, iou_from_confusion, mean_iou, predict_to_folder, predictions, protocol, summarize
 from reinpp.labels import CLASSES, ID_MAPS, PALETTE
+from reinpp.training.evaluation import (
+    CONDITIONS,
+    PROTOCOL_SETS,
+    SYNTHIA_13,
+    SYNTHIA_16,
+    average,
+    evaluate,
+    evaluate_set,
+    iou_from_confusion,
+    mean_iou,
+    predict_to_folder,
+    predictions,
+    protocol,
+    summarize,
+)
 
 
 class Maps:
     "Reader of given images and labels."
-    def __init__(self, pairs): self.pairs, self.names = pairs, [str(i) for i in range(len(pairs))]
-    def image(self, i): return self.pairs[i][0]
-    def label(self, i): return self.pairs[i][1]
+    def __init__(self, pairs):
+        self.pairs, self.names = pairs, [str(i) for i in range(len(pairs))]
+    def image(self, i):
+        return self.pairs[i][0]
+    def label(self, i):
+        return self.pairs[i][1]
 
 
 class Table(torch.nn.Module):
     "Predicts the class that the red channel names, and records how it is called."
-    def __init__(self, num_classes=19): super().__init__(); self.num_classes, self.calls = num_classes, []
+    def __init__(self, num_classes=19):
+        super().__init__()
+        self.num_classes, self.calls = num_classes, []
     def predict(self, images, window=None, stride=None):
         assert not self.training and torch.is_inference_mode_enabled()
         self.calls.append((tuple(images.shape), window, stride))
-        return torch.nn.functional.one_hot((images[:, 0] * 255).round().long(), self.num_classes).permute(0, 3, 1, 2).float()
+        return torch.nn.functional.one_hot((images[:, 0] * 255).round().long(), self.num_classes).permute(0, 3, 1,
+            2).float()
 
 
 def random_set(sizes, K=19, evaluated=None, labels=True, seed=0, classes=None):
@@ -39,7 +59,9 @@ def random_set(sizes, K=19, evaluated=None, labels=True, seed=0, classes=None):
     pairs = []
     for h, w in sizes:
         label = rng.integers(0, K - 2, (h, w), dtype=np.uint8)  # two classes are nowhere in the truth
-        guess = np.where(rng.random((h, w)) < .6, label, rng.integers(0, K - 1, (h, w), dtype=np.uint8)).astype(np.uint8)  # and one nowhere at all
+        # and one nowhere at all
+        guess = np.where(rng.random((h, w)) < .6, label,
+            rng.integers(0, K - 1, (h, w), dtype=np.uint8)).astype(np.uint8)
         label[rng.random((h, w)) < .1] = 255
         pairs.append((np.repeat(guess[..., None], 3, 2), label))
     return Dataset("random", "val", Maps(pairs), evaluated, labels, classes or [f"class {i}" for i in range(K)])
@@ -58,13 +80,18 @@ def test_agrees_with_torchmetrics_and_numpy():
         metric.update(torch.from_numpy(guess.copy()).long(), torch.from_numpy(label).long())
         valid = label != 255
         right, counted = right + (guess == label)[valid].sum(), counted + valid.sum()
-        for c in range(19): hit[c] += ((guess == c) & (label == c)).sum(); union[c] += (((guess == c) | (label == c)) & valid).sum()
+        for c in range(19):
+            hit[c] += ((guess == c) & (label == c)).sum()
+            union[c] += (((guess == c) | (label == c)) & valid).sum()
     iou = np.array(list(result["iou"].values()))
-    with np.errstate(invalid="ignore"): np.testing.assert_allclose(iou, hit / union, atol=1e-12)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(iou, hit / union, atol=1e-12)
     np.testing.assert_allclose(np.nan_to_num(iou), np.nan_to_num(metric.compute().numpy()), atol=1e-6)
     assert math.isnan(iou[18]) and iou[17] == 0  # absent from both; predicted but never true
-    assert result["miou"] == pytest.approx(np.nanmean(iou)) and result["pixel_accuracy"] == pytest.approx(right / counted)
-    assert result["images"] == 10 and np.array(result["confusion"]).shape == (19, 19) and np.array(result["confusion"]).sum() == counted
+    assert result["miou"] == pytest.approx(np.nanmean(iou)) and result["pixel_accuracy"] == pytest.approx(
+        right / counted)
+    assert result["images"] == 10 and np.array(result["confusion"]).shape == (19,
+        19) and np.array(result["confusion"]).sum() == counted
     json.dumps(result)
 
 
@@ -78,8 +105,10 @@ def test_batches_change_nothing(batch):
 
 def test_only_the_sets_classes_count():
     full, part = evaluate(Table(), random_set(SIZES)), evaluate(Table(), random_set(SIZES, evaluated=(0, 5, 18)))
-    assert {n for n, v in part["iou"].items() if v == v} == {"class 0", "class 5"} and part["iou"]["class 5"] == full["iou"]["class 5"]
-    assert part["miou"] == pytest.approx((full["iou"]["class 0"] + full["iou"]["class 5"]) / 2) and part["confusion"] == full["confusion"]
+    assert {n for n, v in part["iou"].items() if v == v} == {"class 0",
+        "class 5"} and part["iou"]["class 5"] == full["iou"]["class 5"]
+    assert part["miou"] == pytest.approx((full["iou"]["class 0"] + full["iou"]["class 5"]) / 2) and part[
+        "confusion"] == full["confusion"]
 
 
 def test_perfect_and_empty():
@@ -104,7 +133,8 @@ def test_size_and_windows_reach_the_model_and_scores_reach_the_label():
     from torchvision.transforms.v2 import functional as F
     small = F.resize(torch.from_numpy(image).permute(2, 0, 1), [8, 12], antialias=False).float() / 255
     guess = interpolate(small[None], (16, 24), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
-    confusion = np.zeros((3, 3), int); np.add.at(confusion, (label, guess), 1)
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (label, guess), 1)
     assert result["confusion"] == confusion.tolist()
 
 
@@ -112,15 +142,19 @@ def test_mode_is_restored_and_no_graph_is_kept():
     table = Table().train()
     evaluate(table, random_set(SIZES[:1]))
     assert table.training
-    table.eval(); evaluate(table, random_set(SIZES[:1]))
+    table.eval()
+    evaluate(table, random_set(SIZES[:1]))
     assert not table.training
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="without labels"): evaluate(Table(), open_dataset("scenes", "val", count=1, labels=False))
+    with pytest.raises(ValueError, match="without labels"):
+        evaluate(Table(), open_dataset("scenes", "val", count=1, labels=False))
     lenient = Dataset("scenes", "val", open_dataset("scenes", "val", count=1).reader, on_error="skip")
-    with pytest.raises(ValueError, match="on_error='skip'"): evaluate(Table(), lenient)
-    with pytest.raises(ValueError, match="7 classes.*19"): evaluate(Table(7), open_dataset("scenes", "val", count=1))
+    with pytest.raises(ValueError, match="on_error='skip'"):
+        evaluate(Table(), lenient)
+    with pytest.raises(ValueError, match="7 classes.*19"):
+        evaluate(Table(7), open_dataset("scenes", "val", count=1))
 
 
 def test_iou_by_hand():
@@ -131,20 +165,26 @@ def test_iou_by_hand():
 # ---------------------------------------------------------------- the field's judge
 
 def cityscapes_tree(root, seed=0):
-    "Images whose red channel is a random prediction, labels of all kinds of ids, and instances, in Cityscapes' layout; predictions as label ids in results/."
+    """Images whose red channel is a random prediction, labels of all kinds of ids, and instances, in Cityscapes'
+    layout; predictions as label ids in results/."""
     rng = np.random.default_rng(seed)
     ids = {train: own for own, train in ID_MAPS["cityscapes"].items()}
     own = np.array([ids[t] for t in range(19)], np.uint8)
     for city, frames in (("frankfurt", 2), ("munster", 2)):
-        for folder in (f"leftImg8bit/val/{city}", f"gtFine/val/{city}", f"results/{city}"): (root / folder).mkdir(parents=True)
+        for folder in (f"leftImg8bit/val/{city}", f"gtFine/val/{city}", f"results/{city}"):
+            (root / folder).mkdir(parents=True)
         for i in range(frames):
             stem = f"{city}_000000_{i:06d}"
             truth = rng.integers(0, 34, (64, 128), dtype=np.uint8)  # ids that are not evaluated, too
             truth[np.isin(truth, (own[16], own[17]))] = 0  # trains and motorcycles are nowhere
-            table = np.full(256, 255, np.uint8); table[own] = np.arange(19)
+            table = np.full(256, 255, np.uint8)
+            table[own] = np.arange(19)
             right = np.where(table[truth] < 19, table[truth], 0)
-            guess = np.where(rng.random((64, 128)) < .5, right, rng.choice([t for t in range(19) if t != 16], (64, 128))).astype(np.uint8)  # trains are not predicted either
-            Image.fromarray(np.stack([guess, guess, guess], -1)).save(root / f"leftImg8bit/val/{city}/{stem}_leftImg8bit.png")
+            # trains are not predicted either
+            guess = np.where(rng.random((64, 128)) < .5, right,
+                rng.choice([t for t in range(19) if t != 16], (64, 128))).astype(np.uint8)
+            Image.fromarray(np.stack([guess, guess, guess], -1)).save(
+                root / f"leftImg8bit/val/{city}/{stem}_leftImg8bit.png")
             Image.fromarray(truth).save(root / f"gtFine/val/{city}/{stem}_gtFine_labelIds.png")
             instances = np.where(truth >= 24, truth.astype(np.int32) * 1000, truth)
             Image.fromarray(instances.astype(np.uint16)).save(root / f"gtFine/val/{city}/{stem}_gtFine_instanceIds.png")
@@ -156,7 +196,8 @@ def cityscapes_tree(root, seed=0):
 def test_agrees_with_the_cityscapes_scripts(tmp_path):
     pytest.importorskip("cityscapesscripts")
     cityscapes_tree(tmp_path)
-    # run as its users run it: a program that is told by the environment where things are. It still calls np.in1d, which numpy 2.4 removed
+    # run as its users run it: a program that is told by the environment where things are. It still calls np.in1d, which
+    # numpy 2.4 removed
     run = "import numpy, runpy; numpy.in1d = numpy.isin; runpy.run_module('cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling', run_name='__main__')"
     env = os.environ | dict(CITYSCAPES_DATASET=str(tmp_path), CITYSCAPES_RESULTS=str(tmp_path / "results"))
     env.pop("CITYSCAPES_EXPORT_DIR", None)
@@ -178,24 +219,35 @@ def test_protocols():
     assert protocol("cityscapes") == dict(window=512, stride=341, size=(1024, 2048)) == protocol("cityscapes_c")
     assert protocol("bdd100k", 1024) == dict(window=1024, stride=683, size=(720, 1280))
     assert protocol("mapillary") == dict(window=512, stride=341, fit=(2048, 1024), shrink=2)
-    for name in ("acdc", "darkzurich"): assert (protocol(name)["size"], protocol(name, 1024)["size"]) == ((540, 960), (1080, 1920))
-    assert protocol("cityscapes", cvpr24=True)["size"] == (512, 1024) and protocol("mapillary", cvpr24=True)["fit"] == (1024, 512)
-    assert all(protocol(n, s, cvpr24=True) == protocol(n, s) for n in PROTOCOL_SETS if n not in ("cityscapes", "mapillary") for s in (512, 1024))
-    with pytest.raises(ValueError, match="gtav.*mapillary"): protocol("kitti")
-    with pytest.raises(ValueError, match="512 and 1024"): protocol("acdc", 768)
+    for name in ("acdc", "darkzurich"):
+        assert (protocol(name)["size"], protocol(name, 1024)["size"]) == ((540, 960), (1080, 1920))
+    assert protocol("cityscapes", cvpr24=True)["size"] == (512, 1024) and protocol("mapillary",
+        cvpr24=True)["fit"] == (1024, 512)
+    assert all(protocol(n, s, cvpr24=True) == protocol(n, s) for n in PROTOCOL_SETS
+        if n not in ("cityscapes", "mapillary") for s in (512, 1024))
+    with pytest.raises(ValueError, match="gtav.*mapillary"):
+        protocol("kitti")
+    with pytest.raises(ValueError, match="512 and 1024"):
+        protocol("acdc", 768)
 
 
-@pytest.mark.parametrize("size, fit, expected", [((30, 40), (20, 10), (10, 13)), ((10, 40), (20, 10), (5, 20)), ((8, 12), (20, 10), (10, 15)), ((12, 8), (20, 10), (15, 10))])
+@pytest.mark.parametrize("size, fit, expected", [((30, 40), (20, 10), (10, 13)), ((10, 40), (20, 10), (5, 20)),
+((8, 12), (20, 10), (10, 15)), ((12, 8), (20, 10), (15, 10))])
 def test_fit_keeps_the_aspect_and_enlarges(size, fit, expected):
     table = Table()
-    table.predict = lambda images, window=None, stride=None: (table.calls.append(tuple(images.shape[-2:])), torch.rand(len(images), 19, *images.shape[-2:]))[1]
+    table.predict = lambda images, window=None, stride=None: (table.calls.append(tuple(images.shape[-2:])),
+        torch.rand(len(images), 19, *images.shape[-2:]))[1]
     result = evaluate(table, random_set([size]), fit=fit)
-    assert table.calls == [expected] and np.array(result["confusion"]).sum() == (random_set([size]).reader.pairs[0][1] != 255).sum()
-    with pytest.raises(ValueError, match="one of them"): evaluate(table, random_set([size]), fit=fit, size=(4, 4))
+    assert table.calls == [expected] and np.array(result["confusion"]).sum() == (
+        random_set([size]).reader.pairs[0][1] != 255).sum()
+    with pytest.raises(ValueError, match="one of them"):
+        evaluate(table, random_set([size]), fit=fit, size=(4, 4))
 
 
 def test_shrink_is_pillows_half():
-    "Mapillary at half size, as the field's conversion makes it: bicubic images, labels by nearest centre, odd sizes rounded down."
+    """Mapillary at half size, as the field's conversion makes it.
+
+    Bicubic images, labels by nearest centre, odd sizes rounded down."""
     rng = np.random.default_rng(0)
     image = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((25, 17), Image.BICUBIC))
     label = rng.integers(0, 19, (17, 25), dtype=np.uint8)
@@ -218,8 +270,10 @@ def test_acdc_is_the_mean_over_conditions(monkeypatch):
     result = evaluate_set(Table(), "acdc", root="here", window=None, size=None)
     assert opened == [("acdc", f"{c}/val", "here") for c in CONDITIONS] and tuple(result["parts"]) == CONDITIONS
     parts = list(result["parts"].values())
-    assert result["miou"] == pytest.approx(np.mean([p["miou"] for p in parts])) and result["images"] == sum(p["images"] for p in parts) == 14
-    assert result["iou"]["class 3"] == pytest.approx(np.mean([p["iou"]["class 3"] for p in parts])) and math.isnan(result["iou"]["class 18"])
+    assert result["miou"] == pytest.approx(np.mean([p["miou"] for p in parts])) and result["images"] == sum(p["images"]
+        for p in parts) == 14
+    assert result["iou"]["class 3"] == pytest.approx(np.mean([p["iou"]["class 3"] for p in parts])) and math.isnan(
+        result["iou"]["class 18"])
     assert (np.array(result["confusion"]) == sum(np.array(p["confusion"]) for p in parts)).all()
     opened.clear()
     table = Table()
@@ -231,17 +285,25 @@ def test_acdc_is_the_mean_over_conditions(monkeypatch):
 # ---------------------------------------------------------------- means and tables
 
 def test_synthia_means_and_summary():
-    results = {"a": evaluate(Table(), random_set(SIZES, classes=CLASSES)), "b": evaluate(Table(), random_set(SIZES, seed=1, classes=CLASSES))}
+    results = {"a": evaluate(Table(), random_set(SIZES, classes=CLASSES)),
+        "b": evaluate(Table(), random_set(SIZES, seed=1, classes=CLASSES))}
     iou = results["a"]["iou"]
-    assert len(SYNTHIA_16) == 16 and len(SYNTHIA_13) == 13 and not {"terrain", "truck", "train"} & set(SYNTHIA_16) and not {"wall", "fence", "pole"} & set(SYNTHIA_13)
-    for classes in (SYNTHIA_16, SYNTHIA_13): assert mean_iou(results["a"], classes) == pytest.approx(np.nanmean([iou[c] for c in classes]))
+    assert len(SYNTHIA_16) == 16 and len(SYNTHIA_13) == 13 and not {"terrain", "truck",
+        "train"} & set(SYNTHIA_16) and not {"wall", "fence", "pole"} & set(SYNTHIA_13)
+    for classes in (SYNTHIA_16, SYNTHIA_13):
+        assert mean_iou(results["a"], classes) == pytest.approx(np.nanmean([iou[c] for c in classes]))
     assert mean_iou(results["a"], CLASSES) == pytest.approx(results["a"]["miou"])
-    with pytest.raises(ValueError, match="no class 'tram'"): mean_iou(results["a"], ("road", "tram"))
+    with pytest.raises(ValueError, match="no class 'tram'"):
+        mean_iou(results["a"], ("road", "tram"))
     table = summarize(results | {"acdc": average(results)})
-    assert list(table.index) == ["a", "b", "acdc", "- a", "- b", "average"] and "bicycle" not in table and "road" in table  # nobody has a bicycle
-    assert table.loc["average", "mIoU"] == pytest.approx(50 * (results["a"]["miou"] + results["b"]["miou"])) and table.loc["acdc", "images"] == 20
+    # nobody has a bicycle
+    assert list(table.index) == ["a", "b", "acdc", "- a", "- b",
+        "average"] and "bicycle" not in table and "road" in table
+    assert table.loc["average", "mIoU"] == pytest.approx(
+        50 * (results["a"]["miou"] + results["b"]["miou"])) and table.loc["acdc", "images"] == 20
     assert list(summarize({"a": results["a"]}, per_class=False).columns) == ["mIoU", "images"]
-    with pytest.raises(ValueError, match="no results"): average({})
+    with pytest.raises(ValueError, match="no results"):
+        average({})
 
 
 # ---------------------------------------------------------------- files, interruption, progress
@@ -256,17 +318,20 @@ def test_predictions_are_written(tmp_path):
         colour = np.asarray(Image.open(tmp_path / "colour" / f"{i}.png")).astype(int)
         assert np.abs(colour - (image.astype(int) + PALETTE[image[..., 0]]) / 2).max() <= 1
     unlabelled = random_set(SIZES[:2], labels=False)
-    assert sorted(p.name for p in predict_to_folder(Table(), unlabelled, tmp_path / "test", batch=1).iterdir()) == ["0.png", "1.png"]
+    assert sorted(p.name for p in predict_to_folder(Table(), unlabelled, tmp_path / "test", batch=1).iterdir()) == [
+        "0.png", "1.png"]
     assert not (tmp_path / "test" / "colour").exists() and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_interruption_leaves_the_model_as_it_was():
     class Interrupted(Table):
         def predict(self, images, window=None, stride=None):
-            if len(self.calls) == 2: raise KeyboardInterrupt
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
             return super().predict(images)
     table = Interrupted().train()
-    with pytest.raises(KeyboardInterrupt): evaluate(table, random_set(SIZES), batch=1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(table, random_set(SIZES), batch=1)
     assert table.training and not torch.is_inference_mode_enabled()
     table = Table().train()
     stream = predictions(table, random_set(SIZES))

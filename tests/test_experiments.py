@@ -8,14 +8,16 @@ import pytest
 import reinpp.paper.experiments as experiments
 from reinpp.files import data_folder
 from reinpp.paper.experiments import METHODS, PRESETS, Ledger, plan
-from reinpp.paper.tables import check_parameters, choose_preset, missing_for_paper
 from reinpp.paper.runs import estimate, find_adapter, run
+from reinpp.paper.tables import check_parameters, choose_preset, missing_for_paper
 
 
 def small(method, target=None, seed=0, iterations=2):
     "A run of a few seconds: the tiny preset's, two iterations, four evaluation scenes."
-    cut = lambda e: dataclasses.replace(e, source="scenes:train[:8]", target=e.target and e.target + "[:8]", evaluate_on=tuple(d + "[:4]" for d in e.evaluate_on[-1:]),
-                                        data=e.data | dict(min_class_pixels=20), start=e.start and cut(e.start))
+    def cut(e):
+        return dataclasses.replace(e, source="scenes:train[:8]", target=e.target and e.target + "[:8]",
+            evaluate_on=tuple(d + "[:4]" for d in e.evaluate_on[-1:]),
+                                            data=e.data | dict(min_class_pixels=20), start=e.start and cut(e.start))
     return cut(plan("tiny", method, seed, target, limit_iterations=iterations))
 
 
@@ -46,70 +48,90 @@ def test_records_do_not_depend_on_what_ran_before(tmp_path):
     assert a["metrics"] == b["metrics"] and a["training"]["loss_last_1000"] == b["training"]["loss_last_1000"]
 
 
-def _run(folder): return run(small("freeze"), Ledger(folder / "results"), folder / "runs", progress="none")["date"], None
+def _run(folder):
+    return run(small("freeze"), Ledger(folder / "results"), folder / "runs", progress="none")["date"], None
 
 
 def test_two_at_once_make_one_record(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool: pool.map(_run, [tmp_path, tmp_path])
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.map(_run, [tmp_path, tmp_path])
     assert len(Ledger(tmp_path / "results").all()) == 1
-    assert len((tmp_path / "runs" / small("freeze").training_key / "log.jsonl").read_text().splitlines()) == 1, "trained once"
+    assert len((tmp_path / "runs" / small(
+        "freeze").training_key / "log.jsonl").read_text().splitlines()) == 1, "trained once"
 
 
 def test_keys():
     e = plan("tiny", "rein_a", 0, "night")
     assert e.key == plan("tiny", "rein_a", 0, "night").key
-    others = [plan("tiny", "rein_a", 1, "night"), plan("tiny", "rein_a", 0, "fog"), plan("tiny", "control", 0), plan("tiny", "rein_a", 0, "night", beta=0.7), plan("tiny", "rein_a", 0, "night", limit_iterations=5)]
+    others = [plan("tiny", "rein_a", 1, "night"), plan("tiny", "rein_a", 0, "fog"), plan("tiny", "control", 0),
+        plan("tiny", "rein_a", 0, "night", beta=0.7), plan("tiny", "rein_a", 0, "night", limit_iterations=5)]
     assert len({x.key for x in [e, *others]}) == 6
     assert plan("tiny", "control", 0).start.key == plan("tiny", "rein_g", 0).key
     freeze = plan("tiny", "freeze", 0).model
-    assert "adapter_args" not in freeze and freeze["head_args"]["num_queries"] == PRESETS["tiny"].model["adapter_args"]["num_tokens"]
+    assert "adapter_args" not in freeze and freeze["head_args"]["num_queries"] == PRESETS["tiny"].model["adapter_args"][
+        "num_tokens"]
 
 
 def test_a_damaged_record_is_named(tmp_path):
     ledger, e = Ledger(tmp_path), plan("tiny", "freeze", 0)
     ledger.path(e).write_text('{"key": ')
-    with pytest.raises(ValueError, match=f"{e.key}.json is damaged"): ledger.get(e)
+    with pytest.raises(ValueError, match=f"{e.key}.json is damaged"):
+        ledger.get(e)
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (dict(preset="huge"), "auto, tiny, camvid, paper"), (dict(rows=["prompts"]), "freeze, full, bitfit"), (dict(rows="rein_g"), "not a list"), (dict(targets=["dawn"]), "night"),
-    (dict(seeds="[0, 1]"), "seeds: "), (dict(seeds=[-1]), "whole number"), (dict(seeds=[0.5]), "whole number"), (dict(limit_iterations=0), "limit_iterations"),
+    (dict(preset="huge"), "auto, tiny, camvid, paper"), (dict(rows=["prompts"]), "freeze, full, bitfit"),
+    (dict(rows="rein_g"), "not a list"), (dict(targets=["dawn"]), "night"),
+    (dict(seeds="[0, 1]"), "seeds: "), (dict(seeds=[-1]), "whole number"), (dict(seeds=[0.5]), "whole number"),
+    (dict(limit_iterations=0), "limit_iterations"),
     (dict(preset="camvid", targets=["night"]), "dusk")])
 def test_wrong_parameters_say_what_exists(wrong, says):
-    with pytest.raises(ValueError, match=says): check_parameters(**wrong)
+    with pytest.raises(ValueError, match=says):
+        check_parameters(**wrong)
 
 
 def test_the_paper_preset_lists_what_is_missing(tmp_path):
     lacks = missing_for_paper(tmp_path)
     assert any("gtav" in line and str(tmp_path / "gtav") in line and "http" in line for line in lacks)
-    assert [sum(line.startswith(f"{name}:") for line in lacks) for name in ("gtav", "cityscapes", "bdd100k", "mapillary")] == [1] * 4, "what it trains on and what it is evaluated on"
-    with pytest.raises(FileNotFoundError, match="cityscapes"): choose_preset("paper", tmp_path)
-    assert not any(str(data_folder().parent) in line for line in missing_for_paper()), "a saved notebook shows no path of this machine"
+    assert [sum(line.startswith(f"{name}:") for line in lacks)
+        for name in ("gtav", "cityscapes", "bdd100k", "mapillary")] == [
+        1] * 4, "what it trains on and what it is evaluated on"
+    with pytest.raises(FileNotFoundError, match="cityscapes"):
+        choose_preset("paper", tmp_path)
+    assert not any(str(
+        data_folder().parent) in line for line in missing_for_paper()), "a saved notebook shows no path of this machine"
 
 
 def test_what_a_run_is_evaluated_on_is_opened_before_it_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("it trains first"))
     e = dataclasses.replace(small("rein_g"), evaluate_on=("scenes:val", "cityscapes:val"))
-    with pytest.raises(FileNotFoundError, match="cityscapes"): run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="cityscapes"):
+        run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
 def test_a_target_is_opened_before_the_source_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("it trains first"))
     e = dataclasses.replace(small("rein_a", "night"), target="cityscapes:train")
-    with pytest.raises(FileNotFoundError, match="cityscapes"): run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="cityscapes"):
+        run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
 def test_every_bundled_adapter_is_a_run_of_a_preset_as_it_is_now():
-    runs = [(preset, method, target) for preset in ("tiny", "camvid") for method, target in (("rein_g", None), *(("rein_a", t) for t in PRESETS[preset].targets))]
+    runs = [(preset, method, target) for preset in ("tiny", "camvid") for method,
+        target in (("rein_g", None), *(("rein_a", t) for t in PRESETS[preset].targets))]
     keys = {plan(preset, method, seed, target).training_key for preset, method, target in runs for seed in range(3)}
-    bundled = {f.parent.name: json.loads(f.read_text())["record"]["key"] for f in (data_folder() / "weights").glob("*/adapter_config.json")}
+    bundled = {f.parent.name: json.loads(f.read_text())["record"]["key"]
+        for f in (data_folder() / "weights").glob("*/adapter_config.json")}
     assert bundled and set(bundled.values()) <= keys, {name for name, key in bundled.items() if key not in keys}
 
 
 def test_a_run_that_others_would_wait_with_is_refused(tmp_path):
     with experiments._locked(tmp_path, patient=True):
-        with pytest.raises(RuntimeError, match="under way in another run: start this one again"), experiments._locked(tmp_path, patient=False): pass
-    with experiments._locked(tmp_path, patient=False): pass
+        with pytest.raises(RuntimeError, match="under way in another run: start this one again"), experiments._locked(
+                tmp_path, patient=False):
+            pass
+    with experiments._locked(tmp_path, patient=False):
+        pass
 
 
 def test_auto_says_what_it_chose(tmp_path, capsys):
@@ -123,8 +145,11 @@ def test_estimate_counts_the_start(tmp_path):
     assert find_adapter(small("control"), tmp_path / "runs") is None, "an estimate leaves nothing behind"
 
 
-@pytest.mark.parametrize("arguments, says", [(["tiny", "rein_a"], "experiments: target=None is unknown"), (["tiny", "freeze", "--setting", "sunny"], "experiments: setting='sunny'"),
-    (["tiny", "freeze", "--target", "night"], "target='night': freeze has none"), (["tiny", "freeze", "--limit-iterations", "0"], "limit_iterations=0: give a number"),
+@pytest.mark.parametrize("arguments, says", [(["tiny", "rein_a"], "experiments: target=None is unknown"),
+(["tiny", "freeze", "--setting", "sunny"], "experiments: setting='sunny'"),
+    (["tiny", "freeze", "--target", "night"], "target='night': freeze has none"),
+    (["tiny", "freeze", "--limit-iterations", "0"], "limit_iterations=0: give a number"),
     (["camvid", "rein_a", "--target", "dusk", "--data-root", "nowhere"], "experiments: camvid")])
 def test_the_command_line_ends_with_one_line(arguments, says, tmp_path):
-    with pytest.raises(SystemExit, match=says): experiments.main([*arguments, "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match=says):
+        experiments.main([*arguments, "--results", str(tmp_path)])

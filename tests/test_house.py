@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "reinpp"
-# What a wing may import: itself, and what stands here. Rooms directly in the package are the ground floor, or stand on top.
+# What a wing may import: itself, and what stands here. Rooms directly in the package are the ground floor, or stand on
+# top.
 BELOW = {
     "ground": set(),
     "data": {"ground"},
@@ -40,7 +41,9 @@ def wing(room):
 
 
 def arrows(room, path):
-    """The rooms that a room imports, wherever in the file. Raises ValueError for an import of anything else in the package."""
+    """The rooms that a room imports, wherever in the file.
+
+    Raises ValueError for an import of anything else in the package."""
     package = ["reinpp", *room.split(".")[:-1]]
     known = rooms()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -58,7 +61,8 @@ def arrows(room, path):
             if inside in known:
                 yield inside
             elif inside:
-                raise ValueError(f"{room} imports {name}, which is no room: import names from the room that defines them")
+                raise ValueError(
+                    f"{room} imports {name}, which is no room: import names from the room that defines them")
 
 
 GRAPH = {room: set(arrows(room, path)) for room, path in rooms().items()}
@@ -77,12 +81,14 @@ def test_imports_point_down(room):
 
 
 def test_the_loop_knows_no_method():
-    methods = {"training.generalize", "training.ema", "adaptation.rein_a", "models.losses", "models.rein_g", "models.mask2former"}
+    methods = {"training.generalize", "training.ema", "adaptation.rein_a", "models.losses", "models.rein_g",
+        "models.mask2former"}
     assert not GRAPH["training.train"] & methods
 
 
 def test_importing_starts_nothing():
-    """No module registers a hook on optimisers or modules, starts a thread or a process, changes a setting of torch, or writes."""
+    """No module registers a hook on optimisers or modules, starts a thread or a process, changes a setting of torch, or
+    writes."""
     code = """
 import importlib, os, sys, threading, multiprocessing, warnings
 import torch, torch.optim.optimizer as optimizer, torch.nn.modules.module as module
@@ -103,5 +109,6 @@ for room in ROOMS:
 assert state() == before, (before, state())
 assert not opened, opened
 """
-    done = subprocess.run([sys.executable, "-c", code.replace("ROOMS", repr(list(rooms())))], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code.replace("ROOMS", repr(list(rooms())))], capture_output=True,
+        text=True)
     assert done.returncode == 0, done.stderr[-2000:]

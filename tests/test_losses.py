@@ -3,7 +3,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reinpp.models.losses import average_count, confidence, mask_classification_loss, match, normalize_scores, normalized_score_loss, paired_loss, point_sample, segmentation_loss, targets_from_labels, uncertain_points
+from reinpp.models.losses import (
+    average_count,
+    confidence,
+    mask_classification_loss,
+    match,
+    normalize_scores,
+    normalized_score_loss,
+    paired_loss,
+    point_sample,
+    segmentation_loss,
+    targets_from_labels,
+    uncertain_points,
+)
 from reinpp.models.mask2former import HeadOutput
 
 
@@ -24,12 +36,14 @@ def blocks(batch=2, size=64, classes=(0, 2, 8, 10, 13)):
 
 
 def predictions(number=3, batch=2, queries=12, size=16, grad=False):
-    make = lambda *shape: [torch.randn(shape).requires_grad_(grad) for _ in range(number)]
+    def make(*shape):
+        return [torch.randn(shape).requires_grad_(grad) for _ in range(number)]
     return HeadOutput(make(batch, queries, 20), [m for m in make(batch, queries, size, size)])
 
 
 def same_points(monkeypatch):
-    "torch.rand returns one fixed pattern for its last two axes, so that two implementations draw equal points whatever their order."
+    """torch.rand returns one fixed pattern for its last two axes, so that two implementations draw equal points
+    whatever their order."""
     pattern = torch.rand(4096, 2)
 
     def rand(*shape, device=None, **_):
@@ -38,13 +52,15 @@ def same_points(monkeypatch):
     monkeypatch.setattr(torch, "rand", rand)
 
 
-# parity ---------------------------------------------------------------------------------------------------------------------
+# parity
+# ---------------------------------------------------------------------------------------------------------------------
 
 def their_loss(num_points):
     pytest.importorskip("transformers")
     from transformers import Mask2FormerConfig, SwinConfig
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
-    config = Mask2FormerConfig(backbone_config=SwinConfig(), num_labels=19, train_num_points=num_points, class_weight=2.0, mask_weight=5.0, dice_weight=5.0, no_object_weight=.1)
+    config = Mask2FormerConfig(backbone_config=SwinConfig(), num_labels=19, train_num_points=num_points,
+        class_weight=2.0, mask_weight=5.0, dice_weight=5.0, no_object_weight=.1)
     return Mask2FormerLoss(config, {})
 
 
@@ -61,7 +77,8 @@ def test_parity_of_matching_and_loss(monkeypatch, num_points, queries):
         ours = matched[:, start:start + len(t.classes)]
         for i, (c, m) in enumerate(zip(output.class_logits, output.mask_logits)):
             query, target = theirs.matcher(m, c, masks, classes)[image]
-            expected = torch.full((len(t.classes),), -1); expected[target] = query
+            expected = torch.full((len(t.classes),), -1)
+            expected[target] = query
             assert ours[i].equal(expected)
         start += len(t.classes)
 
@@ -72,10 +89,12 @@ def test_parity_of_matching_and_loss(monkeypatch, num_points, queries):
     leaves = [*output.class_logits, *output.mask_logits]
     ours = torch.autograd.grad(loss["total"], leaves)
     total = sum(2 * e["loss_cross_entropy"] + 5 * e["loss_mask"] + 5 * e["loss_dice"] for e in expected)
-    for a, b in zip(torch.autograd.grad(total, leaves), ours): assert (a - b).abs().max() < 1e-5
+    for a, b in zip(torch.autograd.grad(total, leaves), ours):
+        assert (a - b).abs().max() < 1e-5
 
 
-# targets ----------------------------------------------------------------------------------------------------------------------
+# targets
+# ----------------------------------------------------------------------------------------------------------------------
 
 def test_one_mask_per_class_and_255_is_background():
     labels = blocks()
@@ -87,19 +106,24 @@ def test_one_mask_per_class_and_255_is_background():
 
 
 def test_ignored_pixels_push_masks_down():
-    label = torch.full((1, 32, 32), 255); label[:, 16:] = 4
+    label = torch.full((1, 32, 32), 255)
+    label[:, 16:] = 4
     mask = torch.zeros(1, 1, 32, 32, requires_grad=True)
-    mask_classification_loss(HeadOutput([torch.zeros(1, 1, 20)], [mask]), targets_from_labels(label, 19), 2048)["total"].backward()
+    mask_classification_loss(HeadOutput([torch.zeros(1, 1, 20)], [mask]), targets_from_labels(label, 19),
+        2048)["total"].backward()
     assert mask.grad[0, 0, 17:].max() <= 0 and mask.grad[0, 0, :15].min() >= 0 and mask.grad[0, 0, :15].max() > 0
 
 
 def test_labels_outside_the_classes_are_refused():
-    with pytest.raises(ValueError, match=r"\[19\].*19 classes"): targets_from_labels(torch.full((1, 2, 2), 19), 19)
-    with pytest.raises(ValueError, match="2 targets for a batch of 3"): mask_classification_loss(predictions(batch=3), targets_from_labels(blocks(2), 19), 64)
+    with pytest.raises(ValueError, match=r"\[19\].*19 classes"):
+        targets_from_labels(torch.full((1, 2, 2), 19), 19)
+    with pytest.raises(ValueError, match="2 targets for a batch of 3"):
+        mask_classification_loss(predictions(batch=3), targets_from_labels(blocks(2), 19), 64)
 
 
 def test_no_targets_at_all_and_in_one_image():
-    labels = blocks(); labels[0] = 255
+    labels = blocks()
+    labels[0] = 255
     for lab in (labels, torch.full_like(labels, 255)):
         output = predictions(grad=True)
         loss = mask_classification_loss(output, targets_from_labels(lab, 19), 128)
@@ -109,7 +133,8 @@ def test_no_targets_at_all_and_in_one_image():
     assert loss["mask"] == loss["dice"] == 0 < loss["class"]
 
 
-# matching ---------------------------------------------------------------------------------------------------------------------
+# matching
+# ---------------------------------------------------------------------------------------------------------------------
 
 def test_perfect_queries_are_found_in_any_order():
     targets = targets_from_labels(blocks(), 19)
@@ -118,18 +143,23 @@ def test_perfect_queries_are_found_in_any_order():
         query = order[i][: len(t.classes)]
         output.mask_logits[0][i, query] = 40 * F.interpolate(t.masks[None].float(), size=16, mode="area")[0] - 20
         output.class_logits[0][i, query, t.classes] = 20
-    assert match(output, targets, 2048)[0].tolist() == torch.cat([q[: len(t.classes)] for q, t in zip(order, targets)]).tolist()
+    assert match(output, targets, 2048)[0].tolist() == torch.cat(
+        [q[: len(t.classes)] for q, t in zip(order, targets)]).tolist()
 
 
 def test_padded_queries_are_never_matched_and_learn_nothing():
     output, targets = predictions(grad=True), targets_from_labels(blocks(), 19)
-    padding = torch.zeros(2, 12, dtype=torch.bool); padding[0, 4:] = True; padding[1, 2:] = True
+    padding = torch.zeros(2, 12, dtype=torch.bool)
+    padding[0, 4:] = True
+    padding[1, 2:] = True
     output = output._replace(padding=padding)
     matched, sizes = match(output, targets, 256), [len(t.classes) for t in targets]
     assert (matched[:, : sizes[0]] < 4).all() and (matched[:, sizes[0]:] < 2).all()
-    assert (matched[:, sizes[0]:] >= 0).sum(1).tolist() == [min(2, sizes[1])] * 3  # more targets than queries: the rest stays unmatched
+    # more targets than queries: the rest stays unmatched
+    assert (matched[:, sizes[0]:] >= 0).sum(1).tolist() == [min(2, sizes[1])] * 3
     mask_classification_loss(output, targets, 256)["total"].backward()
-    for x in (*output.class_logits, *output.mask_logits): assert x.grad[padding].abs().sum() == 0 < x.grad[~padding].abs().sum()
+    for x in (*output.class_logits, *output.mask_logits):
+        assert x.grad[padding].abs().sum() == 0 < x.grad[~padding].abs().sum()
 
 
 def test_padding_equals_leaving_out(monkeypatch):
@@ -160,7 +190,8 @@ def test_one_copy_to_the_host(monkeypatch):
     assert copies == [(5, 2, 12, 5)]
 
 
-# points -----------------------------------------------------------------------------------------------------------------------
+# points
+# -----------------------------------------------------------------------------------------------------------------------
 
 def test_uncertain_points():
     logits = torch.linspace(-8, 8, 64).expand(1, 1, 64, 64)  # the border is the column in the middle
@@ -171,19 +202,22 @@ def test_uncertain_points():
     assert torch.allclose(point_sample(logits, torch.tensor([[[.5, .5]]])), torch.zeros(1, 1, 1), atol=1e-6)
 
 
-# eq. 15 -----------------------------------------------------------------------------------------------------------------------
+# eq. 15
+# -----------------------------------------------------------------------------------------------------------------------
 
 def test_normalized_score_loss():
     scores, labels, weights = torch.rand(2, 19, 8, 8), torch.randint(0, 19, (2, 8, 8)), torch.rand(2, 8, 8)
     labels[:, :2] = 255
     p = scores / scores.sum(1, keepdim=True)
     picked = p.gather(1, labels.clamp(max=18)[:, None])[:, 0]
-    expected = (-picked.log() * weights * (labels != 255)).sum() / labels.numel()  # over all pixels, ignored ones included
+    # over all pixels, ignored ones included
+    expected = (-picked.log() * weights * (labels != 255)).sum() / labels.numel()
     assert torch.allclose(normalized_score_loss(scores, labels, weights), expected, atol=1e-4)
     assert torch.allclose(normalize_scores(scores), p, atol=1e-4)
     large = F.interpolate(scores, size=(32, 32), mode="bilinear")
     grown, ones = torch.randint(0, 19, (2, 32, 32)), torch.ones(2, 32, 32)
-    assert torch.allclose(normalized_score_loss(scores, grown, ones), normalized_score_loss(large, grown, ones), atol=1e-5)
+    assert torch.allclose(normalized_score_loss(scores, grown, ones), normalized_score_loss(large, grown, ones),
+        atol=1e-5)
 
 
 def test_normalized_score_loss_is_finite_where_nobody_claims_a_pixel():
@@ -196,23 +230,30 @@ def test_normalized_score_loss_is_finite_where_nobody_claims_a_pixel():
 
 
 def test_confidence_counts_valid_pixels_and_no_softmax():
-    scores = torch.zeros(2, 19, 4, 4); scores[:, 3] = .7; scores[0, 5, :2] = .5
+    scores = torch.zeros(2, 19, 4, 4)
+    scores[:, 3] = .7
+    scores[0, 5, :2] = .5
     assert confidence(scores, .9).tolist() == [.5, 1.]
-    valid = torch.zeros(2, 4, 4, dtype=torch.bool); valid[0, 1:] = True
+    valid = torch.zeros(2, 4, 4, dtype=torch.bool)
+    valid[0, 1:] = True
     assert torch.allclose(confidence(scores, .9, valid), torch.tensor([2 / 3, 0.]))
     perfect = F.one_hot(torch.arange(16).view(1, 4, 4), 19).permute(0, 3, 1, 2).float()
-    assert perfect.softmax(1).max() < .132 and confidence(perfect, .968) == 1  # a softmax over scores would make every weight 0
-    assert F.cross_entropy(perfect, perfect.argmax(1)) > 2.03 and normalized_score_loss(perfect, perfect.argmax(1), torch.ones(1, 4, 4)) < 1e-4
+    # a softmax over scores would make every weight 0
+    assert perfect.softmax(1).max() < .132 and confidence(perfect, .968) == 1
+    assert F.cross_entropy(perfect, perfect.argmax(1)) > 2.03 and normalized_score_loss(perfect, perfect.argmax(1),
+        torch.ones(1, 4, 4)) < 1e-4
 
 
-# eq. 16 -----------------------------------------------------------------------------------------------------------------------
+# eq. 16
+# -----------------------------------------------------------------------------------------------------------------------
 
 def test_paired_loss_by_hand():
     student, teacher = predictions(10, queries=6), predictions(1, queries=6)
     teacher_class, teacher_mask = teacher.class_logits[0], teacher.mask_logits[0]
     teacher_class[:, 2:, 19] = 9.
     loss = paired_loss(student, teacher_class, teacher_mask)
-    wanted, weight = teacher_class.argmax(-1), torch.ones(20); weight[19] = .1
+    wanted, weight = teacher_class.argmax(-1), torch.ones(20)
+    weight[19] = .1
     real, number = wanted < 19, 4
     t = (teacher_mask.sigmoid() > .5).float()[real].flatten(1)
     total = 0
@@ -220,8 +261,10 @@ def test_paired_loss_by_hand():
         x = m[real].flatten(1)
         dice = 1 - (2 * (x.sigmoid() * t).sum(1) + 1) / (x.sigmoid().sum(1) + t.sum(1) + 1)
         total += 2 * F.cross_entropy(c.flatten(0, 1), wanted.flatten(), weight)
-        total += 5 * F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1).sum() / number + 5 * dice.sum() / number
-    assert torch.allclose(loss["total"], total, rtol=1e-5) and torch.allclose(loss["total"], loss["class"] + loss["mask"] + loss["dice"])
+        total += 5 * F.binary_cross_entropy_with_logits(x, t,
+            reduction="none").mean(1).sum() / number + 5 * dice.sum() / number
+    assert torch.allclose(loss["total"], total, rtol=1e-5) and torch.allclose(loss["total"], loss["class"]
+        + loss["mask"] + loss["dice"])
 
 
 def test_paired_loss_pairs_by_index_and_knows_no_object():
@@ -230,33 +273,47 @@ def test_paired_loss_pairs_by_index_and_knows_no_object():
     teacher_class[:, :3, 4] = teacher_class[:, 3:, 19] = 9.
     same = HeadOutput([teacher_class] * 10, [teacher_mask.sign() * 30] * 10)
     swapped = HeadOutput([c.flip(1) for c in same.class_logits], [m.flip(1) for m in same.mask_logits])
-    assert paired_loss(same, teacher_class, teacher_mask)["total"] < .01 < 10 < paired_loss(swapped, teacher_class, teacher_mask)["total"]
+    assert paired_loss(same, teacher_class, teacher_mask)["total"] < .01 < 10 < paired_loss(swapped, teacher_class,
+        teacher_mask)["total"]
     paired_loss(output, teacher_class, teacher_mask)["total"].backward()
-    for c, m in zip(output.class_logits, output.mask_logits):  # every prediction learns; 'no object' queries learn a class but no mask
-        assert (c.grad.abs().sum(-1) > 0).all() and m.grad[:, 3:].abs().sum() == 0 and (m.grad[:, :3].abs().sum((2, 3)) > 0).all()
-    with pytest.raises(ValueError, match="by index"): paired_loss(output, teacher_class[:, :5], teacher_mask[:, :5])
+    # every prediction learns; 'no object' queries learn a class but no mask
+    for c, m in zip(output.class_logits, output.mask_logits):
+        assert (c.grad.abs().sum(-1) > 0).all() and m.grad[:,
+            3:].abs().sum() == 0 and (m.grad[:, :3].abs().sum((2, 3)) > 0).all()
+    with pytest.raises(ValueError, match="by index"):
+        paired_loss(output, teacher_class[:, :5], teacher_mask[:, :5])
 
 
 def test_paired_loss_without_real_queries_and_without_padding_pixels():
     output = predictions(10, queries=6, grad=True)
-    nothing = torch.zeros(2, 6, 20); nothing[..., 19] = 9
+    nothing = torch.zeros(2, 6, 20)
+    nothing[..., 19] = 9
     loss = paired_loss(output, nothing, torch.randn(2, 6, 16, 16))
     loss["total"].backward()
     assert loss["mask"] == loss["dice"] == 0 and all(m.grad.abs().sum() == 0 for m in output.mask_logits)
-    something = torch.randn(2, 6, 20); something[..., 19] = -9
-    valid = torch.ones(2, 64, 64, dtype=torch.bool); valid[:, :, 32:] = False
-    a = torch.randn(2, 6, 16, 16); b = a.clone(); b[..., 8:] *= -1
-    assert torch.equal(paired_loss(output, something, a, valid)["total"], paired_loss(output, something, b, valid)["total"])
+    something = torch.randn(2, 6, 20)
+    something[..., 19] = -9
+    valid = torch.ones(2, 64, 64, dtype=torch.bool)
+    valid[:, :, 32:] = False
+    a = torch.randn(2, 6, 16, 16)
+    b = a.clone()
+    b[..., 8:] *= -1
+    assert torch.equal(paired_loss(output, something, a, valid)["total"],
+        paired_loss(output, something, b, valid)["total"])
     left = HeadOutput(output.class_logits, [m[..., :8] for m in output.mask_logits])
-    assert torch.allclose(paired_loss(output, something, a, valid)["total"], paired_loss(left, something, a[..., :8])["total"], rtol=1e-5)
+    assert torch.allclose(paired_loss(output, something, a, valid)["total"],
+        paired_loss(left, something, a[..., :8])["total"], rtol=1e-5)
 
 
-# any head -------------------------------------------------------------------------------------------------------------------------
+# any head
+# -------------------------------------------------------------------------------------------------------------------------
 
 def test_segmentation_loss_of_masks_is_eq_14():
     output, labels = predictions(), blocks()
-    torch.manual_seed(1); one = segmentation_loss(output, labels, 19, num_points=256)
-    torch.manual_seed(1); two = mask_classification_loss(output, targets_from_labels(labels, 19), num_points=256)
+    torch.manual_seed(1)
+    one = segmentation_loss(output, labels, 19, num_points=256)
+    torch.manual_seed(1)
+    two = mask_classification_loss(output, targets_from_labels(labels, 19), num_points=256)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -264,7 +321,8 @@ def test_segmentation_loss_of_pixels():
     labels, logits = blocks().to(torch.uint8), torch.randn(2, 19, 16, 16, requires_grad=True)
     loss = segmentation_loss(logits, labels, 19)["total"]
     big = F.interpolate(logits.detach(), (64, 64), mode="bilinear")
-    assert torch.allclose(loss, F.cross_entropy(big, labels.long(), ignore_index=255), rtol=1e-5)  # a mean over the labelled pixels of the whole batch
+    # a mean over the labelled pixels of the whole batch
+    assert torch.allclose(loss, F.cross_entropy(big, labels.long(), ignore_index=255), rtol=1e-5)
     loss.backward()
     assert logits.grad.abs().sum() > 0
     logits.grad = None
@@ -279,22 +337,28 @@ def test_segmentation_loss_without_labels_and_with_strange_ones():
         loss.backward()
         assert loss == 0 and loss.requires_grad and logits.grad.abs().sum() == 0
     for value in (19, 33, 254, -1, 300):
-        labels = torch.zeros(2, 8, 8, dtype=torch.int64); labels[1, 3, 3] = value
-        with pytest.raises(ValueError, match=rf"contain \[{value}\], but the head has 19 classes \(0\.\.18\) and 255"): segmentation_loss(logits, labels, 19)
-    with pytest.raises(ValueError, match="19 classes"): segmentation_loss(predictions(), torch.full((2, 64, 64), 33), 19)
+        labels = torch.zeros(2, 8, 8, dtype=torch.int64)
+        labels[1, 3, 3] = value
+        with pytest.raises(ValueError, match=rf"contain \[{value}\], but the head has 19 classes \(0\.\.18\) and 255"):
+            segmentation_loss(logits, labels, 19)
+    with pytest.raises(ValueError, match="19 classes"):
+        segmentation_loss(predictions(), torch.full((2, 64, 64), 33), 19)
     for wrong in (torch.zeros(2, 11, 4, 4), torch.zeros(1, 19, 4, 4)):
-        with pytest.raises(ValueError, match=r"expected \(B, K, h, w\)"): segmentation_loss(wrong, torch.zeros(2, 8, 8), 19)
+        with pytest.raises(ValueError, match=r"expected \(B, K, h, w\)"):
+            segmentation_loss(wrong, torch.zeros(2, 8, 8), 19)
 
 
 def test_segmentation_loss_is_float32_under_autocast():
     logits, labels = (torch.randn(2, 19, 16, 16) * 50).bfloat16().requires_grad_(), blocks()
-    with torch.autocast("cpu", torch.bfloat16): loss = segmentation_loss(logits, labels, 19)["total"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = segmentation_loss(logits, labels, 19)["total"]
     assert loss.dtype == torch.float32 and torch.equal(loss, segmentation_loss(logits.float(), labels, 19)["total"])
     loss.backward()
     assert logits.grad.isfinite().all()
 
 
-# precision, processes, devices --------------------------------------------------------------------------------------------------
+# precision, processes, devices
+# --------------------------------------------------------------------------------------------------
 
 def test_losses_stay_finite_and_float32_under_bfloat16():
     labels = blocks()
@@ -312,13 +376,15 @@ def test_losses_stay_finite_and_float32_under_bfloat16():
 def _process(rank, path, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    empty = mask_classification_loss(predictions(1), targets_from_labels(blocks() if rank else torch.full((2, 64, 64), 255), 19), 64)
+    empty = mask_classification_loss(
+        predictions(1), targets_from_labels(blocks() if rank else torch.full((2, 64, 64), 255), 19), 64)
     results[rank] = float(empty["total"])
     torch.distributed.destroy_process_group()
 
 
 def test_a_process_without_masks_does_not_hang(tmp_path):
-    if not torch.distributed.is_available(): pytest.skip("torch was built without distributed")
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without distributed")
     assert average_count(0, torch.device("cpu")) == 1 and average_count(7, torch.device("cpu")) == 7
     with torch.multiprocessing.get_context("spawn").Manager() as manager:
         results = manager.dict()
@@ -331,5 +397,6 @@ def test_cuda_equals_cpu(monkeypatch):
     same_points(monkeypatch)
     output, labels = predictions(), blocks()
     there = HeadOutput([c.cuda() for c in output.class_logits], [m.cuda() for m in output.mask_logits])
-    a, b = (mask_classification_loss(o, targets_from_labels(l, 19), 1000) for o, l in ((output, labels), (there, labels.cuda())))
+    a, b = (mask_classification_loss(o, targets_from_labels(l, 19), 1000) for o,
+        l in ((output, labels), (there, labels.cuda())))
     assert all(abs(a[k] - b[k].cpu()) < 1e-3 for k in a)

@@ -11,20 +11,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def papermill(name, out, *arguments):
-    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(out), "--no-progress-bar", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=900)
+    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(out),
+        "--no-progress-bar", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=900)
 
 
 def outputs(notebook):
     cells = json.loads(Path(notebook).read_text())["cells"]
-    return "\n".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/plain", "")) for c in cells for o in c.get("outputs", []))
+    return "\n".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/plain", "")) for c in cells
+        for o in c.get("outputs", []))
 
 
 def test_quickstart(tmp_path):
-    done = papermill("quickstart", tmp_path / "out.ipynb", "-p", "limit_iterations", "2", "-p", "short_iterations", "2", "-p", "images", "4", "-p", "output", str(tmp_path / "quickstart"))
+    done = papermill("quickstart", tmp_path / "out.ipynb", "-p", "limit_iterations", "2", "-p", "short_iterations", "2",
+        "-p", "images", "4", "-p", "output", str(tmp_path / "quickstart"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {"domains.png", "source_model.png", "before_after.png", "table.md"} <= {p.name for p in (tmp_path / "quickstart").iterdir()}
+    assert {"domains.png", "source_model.png", "before_after.png", "table.md"} <= {p.name
+        for p in (tmp_path / "quickstart").iterdir()}
     assert "Rein-A" in (tmp_path / "quickstart" / "table.md").read_text()
-    assert len(list((tmp_path / "quickstart" / "records").glob("*.json"))) >= 3, "every figure of the page has its record"
+    assert len(list(
+        (tmp_path / "quickstart" / "records").glob("*.json"))) >= 3, "every figure of the page has its record"
 
 
 def test_table9_shows_the_ledger(tmp_path):
@@ -35,14 +40,18 @@ def test_table9_shows_the_ledger(tmp_path):
 
 
 def test_table9_from_an_empty_ledger(tmp_path):
-    done = papermill("table9", tmp_path / "out.ipynb", "-p", "preset", "tiny", "-p", "run_missing", "False", "-p", "results", str(tmp_path / "empty"))
+    done = papermill("table9", tmp_path / "out.ipynb", "-p", "preset", "tiny", "-p", "run_missing", "False", "-p",
+        "results", str(tmp_path / "empty"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "not run" in outputs(tmp_path / "out.ipynb")
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (["-p", "preset", "huge"], "use auto, tiny, camvid, paper"), (["-p", "preset", "paper"], "put it there|unpack it there|name the folder"),
-    (["-p", "preset", "camvid", "-p", "data_root", "nowhere"], "camvid"), (["-p", "preset", "tiny", "-p", "seeds", "[3,4]"], "not a list"), (["-p", "prest", "tiny"], "unknown parameter prest")])
+    (["-p", "preset", "huge"], "use auto, tiny, camvid, paper"),
+    (["-p", "preset", "paper"], "put it there|unpack it there|name the folder"),
+    (["-p", "preset", "camvid", "-p", "data_root", "nowhere"], "camvid"),
+    (["-p", "preset", "tiny", "-p", "seeds", "[3,4]"], "not a list"),
+    (["-p", "prest", "tiny"], "unknown parameter prest")])
 def test_table9_refuses(wrong, says, tmp_path):
     done = papermill("table9", tmp_path / "out.ipynb", "-p", "results", str(tmp_path / "empty"), *wrong)
     assert done.returncode != 0
@@ -50,7 +59,8 @@ def test_table9_refuses(wrong, says, tmp_path):
 
 
 def test_pretrain_tiny_in_small(tmp_path):
-    done = papermill("pretrain_tiny", tmp_path / "out.ipynb", "-p", "iterations", "4", "-p", "save_to", str(tmp_path / "tiny.safetensors"))
+    done = papermill("pretrain_tiny", tmp_path / "out.ipynb", "-p", "iterations", "4", "-p", "save_to",
+        str(tmp_path / "tiny.safetensors"))
     assert done.returncode == 0, done.stderr[-2000:]
     from safetensors.torch import load_file
 

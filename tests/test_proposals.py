@@ -12,11 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reinpp.data.catalog import open_dataset
-from reinpp.adaptation.masks import boxes_of, cell_size, coverage, grid_size
 from reinpp.adaptation.engines import classical, instances, merge_tree
-from reinpp.adaptation.proposals import ProposalStore, check_proposals, main, make_proposals, read_proposals, write_proposals
-from reinpp.adaptation.masks import compose, pack, pad, unpack, warp
+from reinpp.adaptation.masks import boxes_of, cell_size, compose, coverage, grid_size, pack, pad, unpack, warp
+from reinpp.adaptation.proposals import (
+    ProposalStore,
+    check_proposals,
+    main,
+    make_proposals,
+    read_proposals,
+    write_proposals,
+)
+from reinpp.data.catalog import open_dataset
 from reinpp.data.transforms import Geometry, TrainTransform, resize_label
 
 
@@ -40,8 +46,8 @@ def brute_force(ids, n, reduction):
 def test_coverage_and_boxes_equal_brute_force(size, reduction):
     ids = np.random.default_rng(0).integers(0, 5, size)
     ids[:6, :4] = 1
-    ids[-1, -5:] = range(5)    # every region occurs
-    counts, total = coverage(ids, 6, reduction)    # region 5 does not occur
+    ids[-1, -5:] = range(5)  # every region occurs
+    counts, total = coverage(ids, 6, reduction)  # region 5 does not occur
     assert ((counts * 2 >= total)[:5] == brute_force(ids, 5, reduction)).all() and not counts[5].any()
     assert (counts.sum(0) == total).all() and (total == cell_size(size, reduction)).all()
     boxes = boxes_of(ids, 6)
@@ -55,12 +61,12 @@ def test_coverage_and_boxes_equal_brute_force(size, reduction):
 def test_bits_round_trip(shape):
     masks = torch.rand(shape) > 0.5
     assert torch.equal(unpack(pack(masks), shape[-1]), masks)
-    shift = torch.arange(7, -1, -1, dtype=torch.uint8)    # the form used on a GPU
+    shift = torch.arange(7, -1, -1, dtype=torch.uint8)  # the form used on a GPU
     assert torch.equal(((pack(masks)[..., None] >> shift) & 1).bool().flatten(-2)[..., :shape[-1]], masks)
 
 
 def test_merge_tree_joins_what_is_alike():
-    ids = np.repeat(np.arange(4)[None], 6, 0).repeat(6, 1)    # four stripes: dark, dark, bright, bright
+    ids = np.repeat(np.arange(4)[None], 6, 0).repeat(6, 1)  # four stripes: dark, dark, bright, bright
     colour = np.array([0.0, 1.0, 50.0, 51.0])[ids][..., None]
     children, cost = merge_tree(ids, colour)
     assert {tuple(sorted(c)) for c in children[:2].tolist()} == {(0, 1), (2, 3)} and sorted(children[2]) == [4, 5]
@@ -74,9 +80,10 @@ def test_engines(engine, scenes):
     assert len(found.masks) == len(found.scores) == len(found.boxes) > 10
     area = found.masks.flatten(1).sum(1)
     assert (area > 0).all() and (area[:-1] >= area[1:]).all()
-    for mask, box in zip(found.masks, found.boxes):    # the box holds the mask
+    for mask, box in zip(found.masks, found.boxes):  # the box holds the mask
         y, x = mask.nonzero().T
-        assert box[0] // 2 <= x.min() and x.max() < -(-box[2] // 2) and box[1] // 2 <= y.min() and y.max() < -(-box[3] // 2)
+        assert box[0] // 2 <= x.min() and x.max() < -(-box[2] // 2) and box[1] // 2 <= y.min() and y.max() < -(
+            -box[3] // 2)
     few = engine(scenes, 1, 2, limit=7)
     assert len(few.masks) == 7
 
@@ -94,7 +101,7 @@ def test_instances_of_real_images_are_refused(tmp_path):
     data = open_dataset("folder", "x", root=tmp_path)
     with pytest.raises(ValueError, match="instances"):
         instances(data, 0)
-    assert len(classical(data, 0).masks) <= 1    # one colour: nothing stands out, and nothing breaks
+    assert len(classical(data, 0).masks) <= 1  # one colour: nothing stands out, and nothing breaks
 
 
 def test_store_resumes_and_repairs(scenes, tmp_path):
@@ -105,7 +112,7 @@ def test_store_resumes_and_repairs(scenes, tmp_path):
         return instances(dataset, index, reduction, limit)
 
     make_proposals(scenes, counting, tmp_path, reduction=2, shard=(1, 3))
-    assert calls == [1] and not list(tmp_path.glob(".*"))    # only its share, no temporary file left
+    assert calls == [1] and not list(tmp_path.glob(".*"))  # only its share, no temporary file left
     with pytest.raises(FileNotFoundError, match="000000"):
         ProposalStore(tmp_path)[0]
     store = make_proposals(scenes, counting, tmp_path, reduction=2)
@@ -157,25 +164,32 @@ def test_a_killed_write_leaves_nothing(scenes, tmp_path, monkeypatch):
 def test_manifest_says_what_decides_about_the_masks(scenes, tmp_path):
     store = make_proposals(scenes, "classical", tmp_path, scale=80.0, shard=(0, 3))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["engine"] == "classical" and manifest["options"] == dict(long_edge=256, scale=80.0, min_size=20) and manifest["package"].startswith("scikit-image ")
-    assert (manifest["reduction"], manifest["limit"], manifest["images"]) == (4, 400, 3) and manifest["checkpoint"] is None
-    assert check_proposals(tmp_path / "000000.safetensors", "classical", manifest["key"]) == store[0].name == scenes[0][2]
-    make_proposals(scenes, "classical", tmp_path, scale=80, long_edge=256, shard=(0, 3))    # a default, named
+    assert manifest["engine"] == "classical" and manifest["options"] == dict(long_edge=256, scale=80.0,
+        min_size=20) and manifest["package"].startswith("scikit-image ")
+    assert (manifest["reduction"], manifest["limit"], manifest["images"]) == (4, 400,
+        3) and manifest["checkpoint"] is None
+    assert check_proposals(tmp_path / "000000.safetensors", "classical",
+        manifest["key"]) == store[0].name == scenes[0][2]
+    make_proposals(scenes, "classical", tmp_path, scale=80, long_edge=256, shard=(0, 3))  # a default, named
 
 
 def test_opening_with_other_settings_is_refused(scenes, tmp_path, monkeypatch):
     make_proposals(scenes, "instances", tmp_path, reduction=2)
     assert len(ProposalStore(tmp_path)) == len(ProposalStore(tmp_path, scenes, "instances", 2, limit=400)) == 3
-    for arguments, says in ((dict(engine="classical"), "engine 'instances' .asked: 'classical'"), (dict(reduction=4), "reduction 2 .asked: 4"), (dict(engine="instances", limit=100), "limit 400 .asked: 100"),
-                            (dict(dataset=open_dataset("scenes", "night/train", count=2)), "images 3 .asked: 2"), (dict(dataset=open_dataset("scenes", "train", count=3)), "names ")):
+    for arguments, says in ((dict(engine="classical"), "engine 'instances' .asked: 'classical'"),
+            (dict(reduction=4), "reduction 2 .asked: 4"),
+            (dict(engine="instances", limit=100), "limit 400 .asked: 100"),
+                            (dict(dataset=open_dataset("scenes", "night/train", count=2)), "images 3 .asked: 2"),
+                            (dict(dataset=open_dataset("scenes", "train", count=3)), "names ")):
         with pytest.raises(ValueError, match=f"{says}.*another folder"):
             ProposalStore(tmp_path, **arguments)
     with pytest.raises(ValueError, match="name the engine"):
         ProposalStore(tmp_path, scale=3)
-    with pytest.raises(ValueError, match="names .*another folder"):    # as many images, but others
+    with pytest.raises(ValueError, match="names .*another folder"):  # as many images, but others
         make_proposals(open_dataset("scenes", "train", count=3), "instances", tmp_path, reduction=2)
     (tmp_path / "manifest.json").write_text('{"format"')
-    for attempt in (lambda: ProposalStore(tmp_path), lambda: make_proposals(scenes, "instances", tmp_path, reduction=2)):
+    for attempt in (lambda: ProposalStore(tmp_path), lambda: make_proposals(scenes, "instances", tmp_path,
+            reduction=2)):
         with pytest.raises(ValueError, match="manifest.json is not a manifest"):
             attempt()
 
@@ -189,7 +203,8 @@ def test_another_version_of_the_package_is_refused(scenes, tmp_path, monkeypatch
 
 
 def test_a_file_made_with_other_options_is_named_and_made_again(scenes, tmp_path):
-    a, b = make_proposals(scenes, "classical", tmp_path / "a", shard=(0, 3)), make_proposals(scenes, "classical", tmp_path / "b", scale=200.0, shard=(0, 3))
+    a, b = make_proposals(scenes, "classical", tmp_path / "a", shard=(0, 3)), make_proposals(scenes, "classical",
+        tmp_path / "b", scale=200.0, shard=(0, 3))
     assert a.manifest["key"] != b.manifest["key"] and not torch.equal(a[0].scores, b[0].scores)
     wanted = a[0].scores.clone()
     shutil.copy(tmp_path / "b" / "000000.safetensors", tmp_path / "a" / "000000.safetensors")
@@ -223,7 +238,8 @@ def test_workers_make_what_one_process_makes(scenes, tmp_path):
     store = make_proposals(scenes, "classical", tmp_path, reduction=2, processes=2)
     for index in range(3):
         alone = classical(scenes, index, 2)
-        assert torch.equal(store[index].bits, alone.bits) and torch.equal(store[index].scores, alone.scores) and store[index].name == scenes[index][2]
+        assert torch.equal(store[index].bits, alone.bits) and torch.equal(store[index].scores,
+            alone.scores) and store[index].name == scenes[index][2]
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="function of a module"):
         make_proposals(scenes, lambda dataset, index, reduction, limit: None, tmp_path / "x", processes=2)
@@ -238,7 +254,9 @@ def test_says_what_it_will_cost_before_the_bulk_and_stops_at_a_full_disk(tmp_pat
     make_proposals(many, slow, tmp_path / "a", reduction=2, shard=(0, 3), progress=True)
     make_proposals(many, slow, tmp_path / "a", reduction=2, progress=True)
     said = capsys.readouterr().out.splitlines()
-    assert "proposals of 8 images (4 of 12 are there) by slow: " in said[-2] and "images/s in 1 process, about " in said[-2] and "of disk (" in said[-2] and "proposals: 8 images in " in said[-1]
+    assert "proposals of 8 images (4 of 12 are there) by slow: " in said[
+        -2] and "images/s in 1 process, about " in said[-2] and "of disk (" in said[
+        -2] and "proposals: 8 images in " in said[-1]
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(OSError, match="9 more images need about .*1.0 kB are free.*the 3 made so far stay"):
@@ -246,7 +264,8 @@ def test_says_what_it_will_cost_before_the_bulk_and_stops_at_a_full_disk(tmp_pat
     assert len(list((tmp_path / "b").glob("*.safetensors"))) == 3
     monkeypatch.undo()
     make_proposals(many, slow, tmp_path / "b", reduction=2)
-    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 12 and not capsys.readouterr().out    # silent unless asked
+    # silent unless asked
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 12 and not capsys.readouterr().out
 
 
 def test_a_failing_image_stops_the_run_and_keeps_the_rest(tmp_path, scenes):
@@ -261,25 +280,30 @@ def test_a_failing_image_stops_the_run_and_keeps_the_rest(tmp_path, scenes):
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     "One shard as `python -m` runs it, the other through the function."
-    arguments = ["--dataset", "scenes", "--split", "night/train", "--dataset-options", "count=3", "--engine", "instances", "--reduction", "2", "--root", str(tmp_path / "store")]
+    arguments = ["--dataset", "scenes", "--split", "night/train", "--dataset-options", "count=3", "--engine",
+        "instances", "--reduction", "2", "--root", str(tmp_path / "store")]
     monkeypatch.setattr(sys, "argv", ["proposals", *arguments, "--shard", "0/2"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")    # runpy: the module is already imported
+        warnings.simplefilter("ignore")  # runpy: the module is already imported
         runpy.run_module("reinpp.adaptation.proposals", run_name="__main__", alter_sys=False)
-    assert "proposals: 2 images" in capsys.readouterr().out and len(list((tmp_path / "store").glob("*.safetensors"))) == 2
+    assert "proposals: 2 images" in capsys.readouterr().out and len(
+        list((tmp_path / "store").glob("*.safetensors"))) == 2
     store = main([*arguments, "--shard", "1/2", "--no-labels"])
     assert len(store) == 3 and len(store[1].masks) > 10 and store.manifest["reduction"] == 2
-    for extra, says in ((["--limit", "7"], "proposals: .*limit 400 .asked: 7"), (["--options", "scale=1"], "has no option 'scale'"), (["--shard", "2/2"], "numbered 0 to 1"),
-                        (["--split", "dawn/train"], "proposals: scenes: no split"), (["--dataset", "mars"], "no dataset 'mars'")):
+    for extra, says in ((["--limit", "7"], "proposals: .*limit 400 .asked: 7"),
+            (["--options", "scale=1"], "has no option 'scale'"), (["--shard", "2/2"], "numbered 0 to 1"),
+                        (["--split", "dawn/train"], "proposals: scenes: no split"),
+                        (["--dataset", "mars"], "no dataset 'mars'")):
         with pytest.raises(SystemExit, match=says):
             main([*arguments, *extra])
     for extra in (["--shard", "2"], ["--options", "scale"], ["--engine", "sam9"]):
-        with pytest.raises(SystemExit, match="2"):    # argparse's own
+        with pytest.raises(SystemExit, match="2"):  # argparse's own
             main([*arguments, *extra])
 
 
 def test_command_line_takes_options_as_json(tmp_path):
-    store = main(["--dataset", "scenes", "--split", "train", "--dataset-options", "count=1", "size=[64,128]", "--engine", "classical", "--options", "scale=80.5", "--limit", "9", "--root", str(tmp_path)])
+    store = main(["--dataset", "scenes", "--split", "train", "--dataset-options", "count=1", "size=[64,128]",
+        "--engine", "classical", "--options", "scale=80.5", "--limit", "9", "--root", str(tmp_path)])
     assert store.manifest["options"]["scale"] == 80.5 and store[0].image_size == (64, 128) and len(store[0].masks) == 9
 
 
@@ -305,9 +329,9 @@ GEOMETRIES = [
     Geometry((512, 1024), 0, 256, (512, 512), False),
     Geometry((768, 1536), 130, 401, (512, 512), True),
     Geometry((1024, 2048), 377, 1033, (512, 512), True),
-    Geometry((410, 820), 0, 200, (512, 512), False),    # padding below
-    Geometry((256, 512), 0, 0, (512, 512), True),    # padding below
-    Geometry((300, 600), 0, 300, (512, 512), True),    # padding below and right, after a flip
+    Geometry((410, 820), 0, 200, (512, 512), False),  # padding below
+    Geometry((256, 512), 0, 0, (512, 512), True),  # padding below
+    Geometry((300, 600), 0, 300, (512, 512), True),  # padding below and right, after a flip
 ]
 
 
@@ -316,12 +340,16 @@ def large():
     "Instance map of a 2048 x 1024 scene, and its proposals one at a time, so that warping loses track of none."
     scene = open_dataset("scenes", "train", count=1, size=(1024, 2048))
     found = instances(scene, 0)
-    return scene.instances(0).numpy(), [found._replace(bits=bits[None], boxes=box[None]) for bits, box in zip(found.bits, found.boxes)]
+    return scene.instances(0).numpy(), [found._replace(bits=bits[None], boxes=box[None]) for bits,
+        box in zip(found.bits, found.boxes)]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_warp_equals_doing_it_at_full_resolution(geometry, large):
-    "Masks over 1,000 px in the crop. A pole a few pixels wide may lose or gain a column of cells, so the bound for a single mask holds for those that are not thin."
+    """Masks over 1,000 px in the crop.
+
+    A pole a few pixels wide may lose or gain a column of cells, so the bound for a single mask holds for those that are
+    not thin."""
     ids, single = large
     warped = [w[0] for w in (warp(p, geometry) for p in single) if len(w)]
     every, area = [], []
@@ -333,9 +361,10 @@ def test_warp_equals_doing_it_at_full_resolution(geometry, large):
         every.append(best)
         area.append(full.sum().item())
         edge = (full[1:] != full[:-1]).sum() + (full[:, 1:] != full[:, :-1]).sum()
-        if area[-1] > 12 * edge:    # pixels per pixel of outline
+        if area[-1] > 12 * edge:  # pixels per pixel of outline
             assert best >= 0.9, f"instance {value} of {area[-1]} px: IoU {best:.3f}"
-    assert len(every) >= 8 and np.mean(every) >= 0.9 and np.average(every, weights=area) >= 0.95, sorted(zip(every, area))
+    assert len(every) >= 8 and np.mean(every) >= 0.9 and np.average(every,
+        weights=area) >= 0.95, sorted(zip(every, area))
 
 
 def ious(masks, full, wanted, least=1000):
@@ -349,7 +378,7 @@ def ious(masks, full, wanted, least=1000):
 @pytest.mark.parametrize("size, reduction, geometry", [
     ((515, 1021), 4, Geometry((515, 1021), 3, 201, (512, 512), True)),
     ((515, 1021), 4, Geometry((701, 1390), 189, 77, (512, 512), False)),
-    ((511, 1023), 4, Geometry((400, 801), 0, 289, (512, 512), True)),    # padding, beyond the last, cut cells
+    ((511, 1023), 4, Geometry((400, 801), 0, 289, (512, 512), True)),  # padding, beyond the last, cut cells
     ((501, 999), 2, Geometry((333, 664), 0, 131, (256, 512), False)),
     ((479, 641), 2, Geometry((642, 859), 130, 347, (512, 512), True)),
 ])
@@ -364,14 +393,18 @@ def test_warp_at_odd_sizes(size, reduction, geometry):
 
 @pytest.fixture(scope="module")
 def two():
-    "Two scenes of an odd size, twice the crop's as in the paper's settings, so that no resize goes beyond the original: images with labels, instance maps, proposals."
+    """Two scenes of an odd size, twice the crop's as in the paper's settings, so that no resize goes beyond the
+    original: images with labels, instance maps, proposals."""
     scene = open_dataset("scenes", "train", count=2, size=(1031, 2046))
-    return [scene[i][:2] for i in (0, 1)], [scene.instances(i).numpy() for i in (0, 1)], [instances(scene, i) for i in (0, 1)]
+    return [scene[i][:2] for i in (0, 1)], [scene.instances(i).numpy() for i in (0, 1)], [instances(scene, i)
+        for i in (0, 1)]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_class_mix_cuts_proposals_as_it_cuts_labels(seed, two):
-    "Real classes of one scene pasted onto another, each bent by its own resize, crop and flip; the reference does all of it on full-resolution masks."
+    """Real classes of one scene pasted onto another, each bent by its own resize, crop and flip.
+
+    The reference does all of it on full-resolution masks."""
     torch.manual_seed(seed)
     pairs, maps, stores = two
     transform = TrainTransform(crop=512, base=512, min_class_pixels=None)
@@ -381,7 +414,7 @@ def test_class_mix_cuts_proposals_as_it_cuts_labels(seed, two):
     masks = [warp(store, g) for store, g in zip(stores, (g_source, g_target))]
     mixed = compose(*masks, pasted)
     both = [mixed[:len(masks[0])], mixed[len(masks[0]):]]
-    assert not (both[0].any(0) & both[1].any(0)).any()    # no cell from both
+    assert not (both[0].any(0) & both[1].any(0)).any()  # no cell from both
     values = []
     for k, (geometry, region) in enumerate(((g_source, pasted), (g_target, ~pasted))):
         full = [reference(maps[k], value, geometry)[0] & region for value in np.unique(maps[k])]
@@ -400,10 +433,10 @@ def test_warp_follows_the_transform_it_is_given():
         _, y, geometry = transform(image, label)
         masks = warp(store[seed % 4], geometry)
         h, w = geometry.inside
-        assert not masks[:, -(-h // 4):].any() and not masks[:, :, -(-w // 4):].any()    # padding belongs to no proposal
+        assert not masks[:, -(-h // 4):].any() and not masks[:, :, -(-w // 4):].any()  # padding belongs to no proposal
         cells = y[2::4, 2::4]
         good = total = 0
-        for mask in masks:    # every object has one class: the label under a mask is nearly constant
+        for mask in masks:  # every object has one class: the label under a mask is nearly constant
             under = cells[mask]
             if len(under) >= 20:
                 good, total = good + (under == under.mode().values).sum().item(), total + len(under)
@@ -419,19 +452,19 @@ def test_composed_proposals_take_no_cell_from_both():
     torch.manual_seed(0)
     source, target = torch.rand(2, 30, 16, 16) > 0.6, torch.rand(2, 20, 16, 16) > 0.6
     pasted = (torch.rand(2, 8, 8) > 0.5).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    pasted[:, 10:13, 7:30] = True    # off the grid, too
+    pasted[:, 10:13, 7:30] = True  # off the grid, too
     mixed = compose(source, target, pasted)
     region = F.avg_pool2d(pasted.float(), 4) >= 0.5
     a, b = mixed[:, :30].any(1), mixed[:, 30:].any(1)
     assert mixed.shape == (2, 50, 16, 16) and not (a & b).any()
     assert not (a & ~region).any() and not (b & region).any() and a.any() and b.any()
-    assert torch.equal(compose(source[0], target[0], pasted[0]), mixed[0])    # batch or not
+    assert torch.equal(compose(source[0], target[0], pasted[0]), mixed[0])  # batch or not
 
 
 def test_crumbs_are_dropped_but_small_wholes_stay():
     source, target = torch.zeros(2, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
-    source[0, 1, 1:3] = True    # two cells, entirely pasted: a pole
-    source[1, 0:8, 3:8] = True    # cut down to two cells: a crumb
+    source[0, 1, 1:3] = True  # two cells, entirely pasted: a pole
+    source[1, 0:8, 3:8] = True  # cut down to two cells: a crumb
     target[0] = True
     pasted = torch.zeros(32, 32, dtype=torch.bool)
     pasted[4:8, 4:12] = True
@@ -442,7 +475,7 @@ def test_crumbs_are_dropped_but_small_wholes_stay():
 
 def test_pad_keeps_the_largest():
     masks = torch.zeros(3, 6, 6, dtype=torch.bool)
-    masks[0, :1], masks[2, :3] = True, True    # areas 6, 0, 18
+    masks[0, :1], masks[2, :3] = True, True  # areas 6, 0, 18
     out, padding = pad(masks, 5)
     assert out.flatten(1).sum(1).tolist() == [18, 6, 0, 0, 0] and padding.tolist() == [False, False, True, True, True]
     out, padding = pad(masks[None].expand(2, -1, -1, -1), 1)

@@ -6,20 +6,28 @@ import pytest
 import torch
 
 import reinpp.adaptation.rein_a as module
-from reinpp.files import BadFile
+from reinpp.adaptation.masks import pad, unpack
+from reinpp.adaptation.proposals import ProposalStore
+from reinpp.adaptation.rein_a import (
+    Collapse,
+    CollapseGuard,
+    ReinA,
+    agreement,
+    draw_views,
+    pseudo_label,
+    stm_label,
+    stm_mask_loss,
+)
+from reinpp.adaptation.stm import STM
+from reinpp.data.catalog import open_dataset
 from reinpp.data.datasets import Dataset
 from reinpp.data.sampling import fold
-from reinpp.data.catalog import open_dataset
+from reinpp.data.transforms import TrainTransform, hide_blocks, mix_images
+from reinpp.files import BadFile
 from reinpp.models.losses import mask_classification_loss, paired_loss, targets_from_labels
 from reinpp.models.mask2former import HeadOutput, semantic_scores
-from reinpp.adaptation.proposals import ProposalStore
-from reinpp.adaptation.masks import pad, unpack
-from reinpp.adaptation.rein_a import Collapse, CollapseGuard, ReinA, agreement, draw_views, pseudo_label, stm_label, stm_mask_loss
-from reinpp.data.transforms import hide_blocks, mix_images
-from reinpp.training.ema import run_teacher, start_teacher
 from reinpp.models.segmenter import create_segmenter
-from reinpp.adaptation.stm import STM
-from reinpp.data.transforms import TrainTransform
+from reinpp.training.ema import run_teacher, start_teacher
 
 HEAD = dict(hidden_dim=32, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4)
 
@@ -32,7 +40,8 @@ def fresh(adapter="rein_g"):
 
 @pytest.fixture(scope="module")
 def data():
-    source, target = open_dataset("scenes", "train", count=6), open_dataset("scenes", "night/train", count=5, labels=False)
+    source, target = open_dataset("scenes", "train", count=6), open_dataset("scenes", "night/train", count=5,
+        labels=False)
     return source, target, [ProposalStore(dataset=d, engine="instances", reduction=2) for d in (source, target)]
 
 
@@ -41,7 +50,8 @@ def objective(data, stm=True, adapter="rein_g", **options):
     segmenter = fresh(adapter)
     stm = STM.like(segmenter, decoder_layers=1) if stm else None
     transform = TrainTransform(crop=64, base=64, scales=(8, 12, 16), min_class_pixels=12)
-    return ReinA(segmenter, source, target, transform, *stores, **dict(stm=stm, tau=0.2, ema=0.9, mask_block=16, limit=20, pool=60, num_points=64) | options)
+    return ReinA(segmenter, source, target, transform, *stores,
+        **dict(stm=stm, tau=0.2, ema=0.9, mask_block=16, limit=20, pool=60, num_points=64) | options)
 
 
 def batch_of(objective, first=0, size=2, seed=0):
@@ -69,7 +79,8 @@ def train(objective, steps, optimizer=None, first=0):
     return logs
 
 
-# ---- the scores are no logits -------------------------------------------------------------------------------------------------------------------------
+# ---- the scores are no logits
+# -------------------------------------------------------------------------------------------------------------------------
 
 def test_a_sure_teacher_gets_weight():
     "Trap: softmax over the scores. Its top is 0.131 for a perfect one-hot, q is 0 and all target weights are 0."
@@ -79,14 +90,15 @@ def test_a_sure_teacher_gets_weight():
     pseudo = pseudo_label(scores, inside, tau=0.968)
     assert pseudo.q.item() == 1 and (pseudo.weight == 1).all()
     trapped = pseudo_label(scores.softmax(1), inside, tau=0.968)
-    assert trapped.q.item() == 0 and not trapped.weight.any()    # what the trap does
+    assert trapped.q.item() == 0 and not trapped.weight.any()  # what the trap does
 
 
 def test_mix_loss_has_no_floor(data, monkeypatch):
     "Trap: cross_entropy on the scores has a floor of 2.03. Perfect predictions must cost nothing, in the step itself."
     seen = {}
     real = module.normalized_score_loss
-    monkeypatch.setattr(module, "normalized_score_loss", lambda s, y, w: seen.update(scores=s, labels=y, weights=w) or real(s, y, w))
+    monkeypatch.setattr(module, "normalized_score_loss", lambda s, y, w: seen.update(scores=s, labels=y, weights=w)
+        or real(s, y, w))
     train(objective(data, stm=False), 1)
     assert (seen["scores"] >= 0).all() and seen["scores"].requires_grad
     perfect = torch.nn.functional.one_hot(seen["labels"].clamp(max=18), 19).permute(0, 3, 1, 2).float()
@@ -102,13 +114,14 @@ def test_pixel_weighting_and_margins():
     assert torch.equal(by_image.q, by_pixel.q) and 0 < by_image.q[0] < 1
     assert torch.equal(by_image.weight, by_image.q[:, None, None].expand(2, 32, 32) * inside)
     sure = (by_pixel.top >= 0.4) & inside
-    assert torch.equal(by_pixel.weight[:, 4:16], sure[:, 4:16].float()) and not by_pixel.weight[:, :4].any() and not by_pixel.weight[:, 16:].any()
+    assert torch.equal(by_pixel.weight[:, 4:16], sure[:, 4:16].float()) and not by_pixel.weight[:,
+        :4].any() and not by_pixel.weight[:, 16:].any()
 
 
 def test_padding_has_no_weight_and_no_say_in_q():
     "Trap: padding counted in q, or learnt from."
     scores = torch.full((1, 19, 8, 8), 0.5)
-    scores[:, 7, :, :4] = 1e3    # sure on the left; the right is padding
+    scores[:, 7, :, :4] = 1e3  # sure on the left; the right is padding
     inside = torch.zeros(1, 32, 32, dtype=torch.bool)
     inside[..., :12] = True
     pseudo = pseudo_label(scores, inside, 0.9)
@@ -128,7 +141,8 @@ def test_padding_of_the_target_changes_no_loss(data):
     def twice(student, p_t, m_t, valid):
         changed = m_t.clone()
         changed[..., 8:, :] = torch.randn_like(changed[..., 8:, :]) * 5
-        seen["a"], seen["b"] = real(student, p_t, m_t, valid)["total"].item(), real(student, p_t, changed, valid)["total"].item()
+        seen["a"], seen["b"] = real(student, p_t, m_t, valid)["total"].item(), real(student, p_t, changed,
+            valid)["total"].item()
         return real(student, p_t, m_t, valid)
 
     module.paired_loss = twice
@@ -139,10 +153,13 @@ def test_padding_of_the_target_changes_no_loss(data):
     assert seen["a"] == pytest.approx(seen["b"], abs=1e-5)
 
 
-# ---- the teacher --------------------------------------------------------------------------------------------------------------------------------------
+# ---- the teacher
+# --------------------------------------------------------------------------------------------------------------------------------------
 
 def test_teacher_covers_every_trained_tensor_and_no_other(data):
-    "Trap: an EMA over modules or weight matrices forgets the scalar `scale`; an EMA over everything copies the frozen backbone."
+    """Trap: an EMA over modules or weight matrices forgets the scalar `scale`.
+
+    An EMA over everything copies the frozen backbone."""
     r = objective(data)
     trained = {name for name, p in r.segmenter.named_parameters() if p.requires_grad}
     assert r.teacher.keys() == trained and "adapter.scale" in trained and r.teacher["adapter.scale"].numel() == 1
@@ -151,7 +168,7 @@ def test_teacher_covers_every_trained_tensor_and_no_other(data):
     train(r, 2)
     assert r.teacher["adapter.scale"] != before
     storages = {p.data_ptr() for p in r.segmenter.parameters()}
-    assert not storages & {t.data_ptr() for t in r.teacher.values()}    # copies, not views
+    assert not storages & {t.data_ptr() for t in r.teacher.values()}  # copies, not views
 
 
 def test_full_fine_tuning_has_its_own_backbone(data):
@@ -169,7 +186,7 @@ def test_teacher_equals_a_float64_average_after_50_steps(data):
     generator = torch.Generator().manual_seed(0)
     for iteration in range(50):
         if iteration in (0, 25):
-            train(r, 1, optimizer, iteration)    # a real step now and then
+            train(r, 1, optimizer, iteration)  # a real step now and then
         else:
             with torch.no_grad():
                 for p in (p for _, p in r.named_trainables()):
@@ -220,7 +237,7 @@ def test_teacher_runs_its_own_weights_in_eval_mode_without_gradient(data):
     assert torch.allclose(out.mask_logits[-1], expected.mask_logits[-1][:2], atol=1e-5) and len(features[0]) == 3
     assert modes == [False] and segmenter.training and not segmenter.backbone.training
     assert not out.mask_logits[-1].requires_grad and not features[0].requires_grad
-    second = fresh()    # a second model with the teacher's weights
+    second = fresh()  # a second model with the teacher's weights
     with torch.no_grad():
         for name, p in second.named_parameters():
             if name in teacher:
@@ -228,22 +245,26 @@ def test_teacher_runs_its_own_weights_in_eval_mode_without_gradient(data):
     assert torch.allclose(second(images).mask_logits[-1][:2], out.mask_logits[-1], atol=1e-5)
 
 
-# ---- pairing ------------------------------------------------------------------------------------------------------------------------------------------
+# ---- pairing
+# ------------------------------------------------------------------------------------------------------------------------------------------
 
 def test_mask_loss_pairs_by_index(data, monkeypatch):
-    "Trap: shuffled queries. If the step matched, sorted or shuffled queries, the teacher's would not be at the student's places."
+    """Trap: shuffled queries.
+
+    If the step matched, sorted or shuffled queries, the teacher's would not be at the student's places."""
     r = objective(data, stm=False)
     with torch.no_grad():
-        r.segmenter.adapter.merge.weight.normal_()    # untrained queries are almost equal: set them apart
+        r.segmenter.adapter.merge.weight.normal_()  # untrained queries are almost equal: set them apart
         r.segmenter.head.decoder.class_head.weight.normal_()
     r.teacher = start_teacher(r.segmenter)
     seen = {}
     real = module.paired_loss
     monkeypatch.setattr(module, "paired_loss", lambda *a: seen.update(args=a) or real(*a))
-    monkeypatch.setattr(module, "hide_blocks", lambda images, *_: images)    # the student sees what the teacher sees
+    monkeypatch.setattr(module, "hide_blocks", lambda images, *_: images)  # the student sees what the teacher sees
     r.step(batch_of(r), 0)
     student, p_t, m_t, _ = seen["args"]
-    assert torch.allclose(student.class_logits[-1], p_t, atol=1e-3) and torch.allclose(student.mask_logits[-1], m_t, atol=1e-2)
+    assert torch.allclose(student.class_logits[-1], p_t, atol=1e-3) and torch.allclose(student.mask_logits[-1], m_t,
+        atol=1e-2)
     assert not torch.allclose(p_t, p_t.roll(1, 1), atol=1e-2)
 
 
@@ -252,7 +273,8 @@ def test_shuffled_queries_change_the_mask_loss():
     classes, masks = torch.randn(1, 6, 4), torch.randn(1, 6, 8, 8) * 3
     classes[..., -1] -= 3
     student, order = HeadOutput([classes], [masks], None), torch.tensor([1, 2, 3, 4, 5, 0])
-    assert paired_loss(student, classes, masks)["total"] + 1 < paired_loss(student, classes[:, order], masks[:, order])["total"]
+    assert paired_loss(student, classes, masks)["total"] + 1 < paired_loss(student, classes[:, order],
+        masks[:, order])["total"]
 
 
 def test_teacher_and_student_queries_are_the_same_tokens():
@@ -261,13 +283,17 @@ def test_teacher_and_student_queries_are_the_same_tokens():
     images = torch.rand(2, 3, 64, 64)
     _, teacher = run_teacher(segmenter, start_teacher(segmenter), images)
     student = segmenter(images)
-    assert torch.allclose(teacher.class_logits[-1], student.class_logits[-1], atol=1e-5) and torch.allclose(teacher.mask_logits[-1], student.mask_logits[-1], atol=1e-4)
+    assert torch.allclose(teacher.class_logits[-1], student.class_logits[-1],
+        atol=1e-5) and torch.allclose(teacher.mask_logits[-1], student.mask_logits[-1], atol=1e-4)
 
 
-# ---- what is read, what is mixed ----------------------------------------------------------------------------------------------------------------------
+# ---- what is read, what is mixed
+# ----------------------------------------------------------------------------------------------------------------------
 
 def test_target_labels_are_never_read(data):
-    "Trap: a target that happens to have labels. It is refused, and a reader whose labels must not be touched is not touched."
+    """Trap: a target that happens to have labels.
+
+    It is refused, and a reader whose labels must not be touched is not touched."""
     source, _, stores = data
     with pytest.raises(ValueError, match="labels=False"):
         ReinA(fresh(), source, open_dataset("scenes", "night/train", count=5), TrainTransform(crop=64, base=64))
@@ -291,7 +317,7 @@ def test_255_is_no_class_in_class_mix(data):
     for seed in range(8):
         torch.manual_seed(seed)
         _, pasted = mix_images(source, label, torch.ones(1, 3, 64, 64))
-        assert torch.equal(pasted, label == 5)    # one class: half of one, rounded up, is one
+        assert torch.equal(pasted, label == 5)  # one class: half of one, rounded up, is one
 
 
 def test_mixed_labels_and_weights(data, monkeypatch):
@@ -332,17 +358,21 @@ def test_masked_view_hides_with_the_mean(data):
     images = torch.rand(2, 3, 128, 128)
     masked = hide_blocks(images, segmenter.mean, 16, 0.7)
     hidden = (masked == segmenter.mean).all(1)
-    assert torch.equal(masked[~hidden[:, None].expand_as(masked)], images[~hidden[:, None].expand_as(images)]) and 0.5 < hidden.float().mean() < 0.9
+    assert torch.equal(masked[~hidden[:, None].expand_as(masked)],
+        images[~hidden[:, None].expand_as(images)]) and 0.5 < hidden.float().mean() < 0.9
     blocks = hidden.float().reshape(2, 8, 16, 8, 16).mean((2, 4))
     assert ((blocks == 0) | (blocks == 1)).all() and not torch.equal(hidden[0], hidden[1])
 
 
-# ---- STM ----------------------------------------------------------------------------------------------------------------------------------------------
+# ---- STM
+# ----------------------------------------------------------------------------------------------------------------------------------------------
 
 def test_stm_reads_the_teachers_features_without_gradient(data, monkeypatch):
-    "In all three branches; so STM's losses on source and mix move STM only, and what STM teaches moves the student only."
+    """In all three branches.
+
+    So STM's losses on source and mix move STM only, and what STM teaches moves the student only."""
     r = objective(data)
-    with torch.no_grad():    # student and teacher differ
+    with torch.no_grad():  # student and teacher differ
         for p in r.segmenter.head.pixel_decoder.parameters():
             p.add_(0.1)
         r.segmenter.adapter.scale.add_(0.5)
@@ -351,7 +381,7 @@ def test_stm_reads_the_teachers_features_without_gradient(data, monkeypatch):
     monkeypatch.setattr(r.stm, "forward", lambda f, m, k: calls.append((f, m, k)) or real(f, m, k))
     batch = batch_of(r)
     r.step(batch, 0)
-    assert len(calls) == 3    # target, source, mix
+    assert len(calls) == 3  # target, source, mix
     with torch.no_grad():
         for (features, _, _), name in zip(calls, ("target", "source")):
             expected, _ = run_teacher(r.segmenter, r.teacher, batch[name])
@@ -360,19 +390,20 @@ def test_stm_reads_the_teachers_features_without_gradient(data, monkeypatch):
 
 
 def test_gradients_go_where_they_should(data):
-    full = objective(data, stm_least=0.0)    # STM teaches everywhere
+    full = objective(data, stm_least=0.0)  # STM teaches everywhere
     batch = batch_of(full)
     torch.manual_seed(1)
     terms = full.step(batch, 0)
     assert terms["stm_mask"] > 0 and all(p.grad is not None for _, p in full.named_trainables())
-    silent = objective(data, stm_least=2.0)    # STM teaches nowhere
+    silent = objective(data, stm_least=2.0)  # STM teaches nowhere
     torch.manual_seed(1)
     terms = silent.step(batch, 0)
     assert terms["stm_mask"] == 0
     pairs = list(zip(full.named_trainables(), silent.named_trainables()))
     same = [torch.allclose(a.grad, b.grad, atol=1e-6) for (name, a), (_, b) in pairs if name.startswith("stm.")]
-    assert all(same)    # L^stm_mask is no business of STM's
-    assert not all(torch.allclose(a.grad, b.grad, atol=1e-6) for (name, a), (_, b) in pairs if not name.startswith("stm."))
+    assert all(same)  # L^stm_mask is no business of STM's
+    assert not all(torch.allclose(a.grad, b.grad, atol=1e-6) for (name, a), (_, b) in pairs
+        if not name.startswith("stm."))
 
 
 def test_stm_label_leaves_the_unsure_out():
@@ -380,18 +411,20 @@ def test_stm_label_leaves_the_unsure_out():
     classes[0, 0, 2] = classes[0, 1, 4] = 9
     masks = torch.full((1, 2, 8, 8), -9.0)
     masks[0, 0, :4], masks[0, 1, 4:] = 9, 9
-    masks[0, :, :, 6:] = 9    # both claim the right: half each
+    masks[0, :, :, 6:] = 9  # both claim the right: half each
     out = HeadOutput([classes], [masks], torch.zeros(1, 2, dtype=torch.bool))
     inside = torch.ones(1, 32, 32, dtype=torch.bool)
     inside[:, :4] = False
     label = stm_label(out, inside, 0.6)
-    assert (label[:, :4] == 255).all() and (label[:, 4:14, :20] == 2).all() and (label[:, 18:, :20] == 4).all() and (label[..., 28:] == 255).all()
+    assert (label[:, :4] == 255).all() and (label[:, 4:14, :20] == 2).all() and (label[:, 18:, :20] == 4).all() and (
+        label[..., 28:] == 255).all()
 
 
 def test_stm_that_knows_nothing_teaches_nothing():
     "Trap: an image without targets would push every query to no-object."
     torch.manual_seed(0)
-    student = HeadOutput([torch.randn(2, 5, 4, requires_grad=True)], [torch.randn(2, 5, 8, 8, requires_grad=True)], None)
+    student = HeadOutput([torch.randn(2, 5, 4, requires_grad=True)], [torch.randn(2, 5, 8, 8, requires_grad=True)],
+        None)
     nothing = torch.full((2, 32, 32), 255)
     assert stm_mask_loss(student, nothing, 3, 64).item() == 0
     some = nothing.clone()
@@ -420,15 +453,20 @@ def test_proposals_travel_as_bits(data):
 def test_a_stand_in_brings_its_own_proposals(data):
     "Where a bad file is left out, another image takes its place, and the proposals must be that image's."
     class OneBad:
-        def __init__(self, reader): self.reader, self.names = reader, reader.names
+        def __init__(self, reader):
+            self.reader, self.names = reader, reader.names
         def image(self, i):
-            if i == 1: raise BadFile("image 1 is damaged")
+            if i == 1:
+                raise BadFile("image 1 is damaged")
             return self.reader.image(i)
-        def label(self, i): return self.reader.label(i)
+        def label(self, i):
+            return self.reader.label(i)
 
     class Asked:
-        def __init__(self, store): self.store, self.numbers = store, []
-        def __len__(self): return len(self.store)
+        def __init__(self, store):
+            self.store, self.numbers = store, []
+        def __len__(self):
+            return len(self.store)
         def __getitem__(self, i):
             self.numbers.append(i)
             return self.store[i]
@@ -440,7 +478,8 @@ def test_a_stand_in_brings_its_own_proposals(data):
     rein_a.source_sampler.draw = lambda key, seed: (key, None)
     rein_a.target_sampler.draw = lambda key, seed: (key, None)
     with pytest.warns(UserWarning, match="image 1 is damaged"):
-        for key in (0, 1): rein_a.sample(key, 0)
+        for key in (0, 1):
+            rein_a.sample(key, 0)
     assert [store.numbers for store in asked] == [[0, 2], [0, 2]], "image 2 stands in for image 1"
 
 
@@ -452,7 +491,8 @@ def test_proposals_that_do_not_fit_are_refused(data):
         ReinA(segmenter, source, target, transform, stores[0], None, stm=stm)
     with pytest.raises(ValueError, match="5 images, the source has 6"):
         ReinA(segmenter, source, target, transform, stores[1], stores[1], stm=stm)
-    other = ProposalStore(dataset=open_dataset("scenes", "train", count=6, size=(64, 128)), engine="instances", reduction=2)
+    other = ProposalStore(dataset=open_dataset("scenes", "train", count=6, size=(64, 128)), engine="instances",
+        reduction=2)
     r = ReinA(segmenter, source, target, transform, other, stores[1], stm=stm)
     with pytest.raises(ValueError, match="make them again"):
         r.sample(0, 0)
@@ -460,7 +500,8 @@ def test_proposals_that_do_not_fit_are_refused(data):
         ReinA(segmenter, source, target, transform, weighting="area")
 
 
-# ---- the step -----------------------------------------------------------------------------------------------------------------------------------------
+# ---- the step
+# -----------------------------------------------------------------------------------------------------------------------------------------
 
 TERMS = {"src", "mix", "mask", "stm_src", "stm_mix", "stm_mask"}
 
@@ -478,7 +519,9 @@ def test_every_branch_can_be_switched_off(data, options, missing):
 
 
 def test_gradient_per_branch_is_the_gradient_of_the_total(data):
-    "Backward per branch, with alpha and beta, adds up to eq. 20: doubling alpha or beta adds exactly that branch's gradient once more."
+    """Backward per branch, with alpha and beta, adds up to eq. 20.
+
+    Doubling alpha or beta adds exactly that branch's gradient once more."""
     def gradients(**options):
         r = objective(data, stm=False, **options)
         batch = batch_of(r)
@@ -499,7 +542,8 @@ def test_source_loss_is_plain_supervision(data):
     torch.manual_seed(7)
     terms = r.step(batch, 0)
     torch.manual_seed(7)
-    expected = mask_classification_loss(r.segmenter(batch["source"]), targets_from_labels(batch["source_label"], 19), num_points=64)["total"]
+    expected = mask_classification_loss(r.segmenter(batch["source"]), targets_from_labels(batch["source_label"], 19),
+        num_points=64)["total"]
     assert terms["src"] == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -508,7 +552,7 @@ def test_samples_are_a_function_of_key_and_seed(data):
     a, b, c = batch_of(r, 3), batch_of(other, 3), batch_of(r, 3, seed=1)
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["target"], c["target"])
     keys = [r.target_sampler.draw(k, fold(0, 1))[0] for k in range(5)]
-    assert sorted(keys) == [0, 1, 2, 3, 4]    # every target image once an epoch
+    assert sorted(keys) == [0, 1, 2, 3, 4]  # every target image once an epoch
 
 
 def test_the_teacher_sees_clean_target_crops(data):
@@ -524,13 +568,14 @@ def test_steps_repeat_and_resume_bit_for_bit(data):
     resumed = objective(data)
     with torch.no_grad():
         for _, p in resumed.named_trainables():
-            p.add_(1.0)    # nothing may survive from before
+            p.add_(1.0)  # nothing may survive from before
     resumed.load_state_dict(copy.deepcopy(cut.state_dict()))
     again = optimizer_of(resumed)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(resumed, 2, again, 2)
     a, b = straight.state_dict(), resumed.state_dict()
-    assert all(torch.equal(a[part][name], b[part][name]) for part in ("trained", "teacher") for name in a[part]) and a["guard"] == b["guard"]
+    assert all(torch.equal(a[part][name], b[part][name]) for part in ("trained", "teacher")
+        for name in a[part]) and a["guard"] == b["guard"]
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(data):
@@ -541,7 +586,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(data):
 def test_names_of_trainables(data):
     names = [name for name, _ in objective(data).named_trainables()]
     assert len(names) == len(set(names)) and {"adapter.scale", "stm.what.weight"} <= set(names)
-    assert not any(name.startswith("backbone") for name in names)    # `fit` gives `backbone.*` its own learning rate
+    assert not any(name.startswith("backbone") for name in names)  # `fit` gives `backbone.*` its own learning rate
     assert any(name.startswith("backbone") for name, _ in objective(data, adapter="full").named_trainables())
 
 
@@ -550,20 +595,22 @@ def test_bf16_autocast_stays_finite(data):
     r.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     (log,) = train(r, 1)
     assert all(v == v and abs(v) != float("inf") for v in log.values())
-    assert all(p.dtype == p.grad.dtype == torch.float32 for p in (q for _, q in r.named_trainables()) if p.grad is not None)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in (q for _, q in r.named_trainables())
+        if p.grad is not None)
 
 
-# ---- what is watched ----------------------------------------------------------------------------------------------------------------------------------
+# ---- what is watched
+# ----------------------------------------------------------------------------------------------------------------------------------
 
 def test_agreement_is_counted_on_the_targets_pixels_only():
     scores = torch.zeros(1, 3, 8, 8)
     scores[:, 1, :4], scores[:, 2, 4:] = 1, 1
     label = torch.ones(1, 32, 32, dtype=torch.int64)
     where = torch.zeros(1, 32, 32, dtype=torch.bool)
-    assert agreement(scores, label, where) == 0    # nothing to see
-    where[:, 8:24] = True    # eight rows of each half
+    assert agreement(scores, label, where) == 0  # nothing to see
+    where[:, 8:24] = True  # eight rows of each half
     assert agreement(scores, label, where) == 0.5
-    label[:, :8] = 2    # outside: makes no difference
+    label[:, :8] = 2  # outside: makes no difference
     assert agreement(scores, label, where) == 0.5
 
 
@@ -581,13 +628,14 @@ def test_pseudo_labels_are_counted_by_class(data, monkeypatch):
     assert 0 <= terms["agreement"] <= 1
 
 
-# ---- options beyond the paper -------------------------------------------------------------------------------------------------------------------------
+# ---- options beyond the paper
+# -------------------------------------------------------------------------------------------------------------------------
 
 def first_step(data, **options):
     r = objective(data, stm=False, **options)
     torch.manual_seed(11)
     with torch.no_grad():
-        r.segmenter.adapter.merge.weight.normal_()    # so that masks are neither all on nor all off
+        r.segmenter.adapter.merge.weight.normal_()  # so that masks are neither all on nor all off
         r.segmenter.head.decoder.class_head.weight.normal_()
     r.teacher = start_teacher(r.segmenter)
     batch = batch_of(r)
@@ -601,8 +649,10 @@ def test_mirrored_teacher(data, monkeypatch):
     monkeypatch.setattr(module, "pseudo_label", lambda *a: seen.append(a[0]) or real(*a))
     r, batch, _ = first_step(data, teacher_flip=True)
     with torch.no_grad():
-        one, other = (semantic_scores(o.class_logits[-1], o.mask_logits[-1]) for _, o in (run_teacher(r.segmenter, r.teacher, x) for x in (batch["target"], batch["target"].flip(-1))))
-    assert torch.allclose(seen[0], (one + other.flip(-1)) / 2, atol=1e-5) and not torch.allclose(seen[0], one, atol=1e-4)
+        one, other = (semantic_scores(o.class_logits[-1], o.mask_logits[-1]) for _,
+            o in (run_teacher(r.segmenter, r.teacher, x) for x in (batch["target"], batch["target"].flip(-1))))
+    assert torch.allclose(seen[0], (one + other.flip(-1)) / 2, atol=1e-5) and not torch.allclose(seen[0], one,
+        atol=1e-4)
 
 
 def test_soft_masks_have_the_teachers_probabilities(data, monkeypatch):
@@ -624,7 +674,8 @@ def test_q_weighs_the_mask_branch_image_by_image(data, monkeypatch):
     monkeypatch.setattr(module.ReinA, "_mask_loss", lambda self, *a: seen.update(args=a) or real(self, *a))
     r, batch, terms = first_step(data, q_on_mask=True)
     output, p_t, m_t, inside, q = seen["args"]
-    each = [paired_loss(HeadOutput([c[i:i + 1] for c in output.class_logits], [m[i:i + 1] for m in output.mask_logits]), p_t[i:i + 1], m_t[i:i + 1], inside[i:i + 1])["total"] for i in range(2)]
+    each = [paired_loss(HeadOutput([c[i:i + 1] for c in output.class_logits], [m[i:i + 1] for m in output.mask_logits]),
+        p_t[i:i + 1], m_t[i:i + 1], inside[i:i + 1])["total"] for i in range(2)]
     assert terms["mask"] == pytest.approx(((q[0] * each[0] + q[1] * each[1]) / 2).item(), rel=1e-4)
     assert r._mask_loss(output, p_t, m_t, inside, torch.zeros(2)).item() == 0
 
@@ -637,14 +688,16 @@ def test_a_head_that_labels_pixels_is_refused(data):
     assert "\n" not in str(error.value)
 
 
-# ---- the guard ----------------------------------------------------------------------------------------------------------------------------------------
+# ---- the guard
+# ----------------------------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("q, largest, text", [(0.0, 0.4, "lower tau"), (1.0, 0.4, "raise tau"), (0.3, 1.0, "single class")])
+@pytest.mark.parametrize(
+"q, largest, text", [(0.0, 0.4, "lower tau"), (1.0, 0.4, "raise tau"), (0.3, 1.0, "single class")])
 def test_guard_names_what_is_stuck(q, largest, text):
     guard = CollapseGuard(patience=20)
     for i in range(19):
         guard.check(i, dict(src=1.0), q, largest)
-    guard.check(19, dict(src=1.0), 0.3, 0.4)    # a recovery starts the count again
+    guard.check(19, dict(src=1.0), 0.3, 0.4)  # a recovery starts the count again
     for i in range(19):
         guard.check(i, dict(src=1.0), q, largest)
     with pytest.raises(Collapse, match=text) as error:
@@ -662,18 +715,21 @@ def test_guard_in_the_step(data):
     weights = r.segmenter.head.querys2feat.weight.clone()
     with pytest.raises(Collapse, match="src.*not finite"):
         train(r, 1)
-    assert torch.equal(weights, r.segmenter.head.querys2feat.weight)    # before the optimiser's step
+    assert torch.equal(weights, r.segmenter.head.querys2feat.weight)  # before the optimiser's step
 
 
-# ---- pictures and borrowed weights --------------------------------------------------------------------------------------------------------------------
+# ---- pictures and borrowed weights
+# --------------------------------------------------------------------------------------------------------------------
 
 def test_views_change_nothing(data):
     r = objective(data)
     before = copy.deepcopy(r.state_dict())
     views = r.views(batch_of(r))
     after = r.state_dict()
-    assert all(torch.equal(before[part][name], after[part][name]) for part in ("trained", "teacher") for name in before[part])
-    assert {"target", "pseudo", "mixed", "mixed_label", "masked", "stm"} <= views.keys() and all(v.device.type == "cpu" for v in views.values())
+    assert all(torch.equal(before[part][name], after[part][name]) for part in ("trained", "teacher")
+        for name in before[part])
+    assert {"target", "pseudo", "mixed", "mixed_label", "masked", "stm"} <= views.keys() and all(v.device.type == "cpu"
+        for v in views.values())
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     figure = draw_views(views)
@@ -689,7 +745,8 @@ def test_borrowed_teacher_weights_are_given_back(data):
     before = copy.deepcopy(r.state_dict()["trained"])
     with pytest.raises(KeyError):
         with r.teacher_weights() as segmenter:
-            assert all(torch.equal(dict(segmenter.named_parameters())[name], value) for name, value in r.teacher.items())
+            assert all(torch.equal(dict(segmenter.named_parameters())[name], value) for name,
+                value in r.teacher.items())
             raise KeyError
     assert all(torch.equal(before[name], value) for name, value in r.state_dict()["trained"].items())
 

@@ -46,7 +46,8 @@ fit(objective, iterations=12, batch_size=2, lr=1e-3, run_dir=folder, checkpoint_
 
 def run(kind, folder, slow=0.0, **options):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, kind, str(folder), str(slow)], env=environment, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, kind, str(folder), str(slow)], env=environment,
+        stderr=subprocess.PIPE, **options)
 
 
 def finish(process):
@@ -56,8 +57,10 @@ def finish(process):
 
 def flat(state, prefix=""):
     for key, value in state.items():
-        if isinstance(value, dict): yield from flat(value, f"{prefix}{key}/")
-        elif isinstance(value, torch.Tensor): yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}/")
+        elif isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value
 
 
 @pytest.mark.parametrize("kind", ["generalize", "rein_a"])
@@ -67,7 +70,8 @@ def test_killed_and_resumed_equals_undisturbed(kind, tmp_path):
     victim = run(kind, cut, slow=0.5)
     log = cut / "log.jsonl"
     deadline = time.time() + 240
-    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 5): time.sleep(0.05)
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 5):
+        time.sleep(0.05)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert victim.returncode == -signal.SIGKILL, "it was to be killed half way, not to end by itself"
@@ -81,6 +85,7 @@ def test_killed_and_resumed_equals_undisturbed(kind, tmp_path):
     assert first.keys() == second.keys() and len(first) > 50
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert a["recent"] == b["recent"]
-    entries = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, cut)]
+    entries = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, cut)]
     assert entries[0] == entries[1], "the log of a resumed run has every iteration once"
     assert not list(Path(cut).glob("*.tmp"))

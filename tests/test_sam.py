@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from reinpp.adaptation import engines
-from reinpp.data.catalog import open_dataset
 from reinpp.adaptation.engines import ENGINES, engine_options, engine_settings
-from reinpp.adaptation.sam import agree, generated, sam1, sam2
 from reinpp.adaptation.proposals import make_proposals
+from reinpp.adaptation.sam import agree, generated, sam1, sam2
+from reinpp.data.catalog import open_dataset
 
-TINY = dict(model="tiny", checkpoint="random", image_size=256, points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0, device="cpu")
+TINY = dict(model="tiny", checkpoint="random", image_size=256, points_per_side=2, pred_iou_thresh=0.0,
+    stability_score_thresh=0.0, box_nms_thresh=1.0, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +23,14 @@ def scenes():
 
 def holds(found, size, reduction):
     h, w = -(-size[0] // reduction), -(-size[1] // reduction)
-    assert found.image_size == size and found.masks.shape[1:] == (h, w) and len(found.masks) == len(found.scores) == len(found.boxes) > 0
+    assert found.image_size == size and found.masks.shape[1:] == (h,
+        w) and len(found.masks) == len(found.scores) == len(found.boxes) > 0
     area = found.masks.flatten(1).sum(1)
     assert (area > 0).all() and (area[:-1] >= area[1:]).all() and 0 <= found.scores.min() and found.scores.max() <= 1
     for mask, (left, top, right, bottom) in zip(found.masks, found.boxes.tolist()):
         y, x = mask.nonzero().T
-        assert top // reduction <= y.min() and y.max() < -(-bottom // reduction) and left // reduction <= x.min() and x.max() < -(-right // reduction)
+        assert top // reduction <= y.min() and y.max() < -(
+            -bottom // reduction) and left // reduction <= x.min() and x.max() < -(-right // reduction)
         assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
 
 
@@ -39,16 +42,17 @@ def test_sam2_from_image_to_stored_proposals(scenes, tmp_path):
     for index in range(2):
         holds(store[index], (128, 256), 2)
     direct = sam2(scenes, 1, 2, **TINY)
-    assert torch.equal(store[1].bits, direct.bits) and torch.equal(store[1].boxes, direct.boxes) and len(direct.masks) > 3
+    assert torch.equal(store[1].bits, direct.bits) and torch.equal(store[1].boxes,
+        direct.boxes) and len(direct.masks) > 3
     with pytest.raises(ValueError, match="points_per_side 2 .asked: 3.*another folder"):
         make_proposals(scenes, "sam2", tmp_path, reduction=2, **TINY | dict(points_per_side=3))
-    make_proposals(scenes, "sam2", tmp_path, reduction=2, **TINY | dict(points_per_batch=1))    # only how fast
+    make_proposals(scenes, "sam2", tmp_path, reduction=2, **TINY | dict(points_per_batch=1))  # only how fast
     assert len(sam2(scenes, 1, 2, limit=2, **TINY).masks) == 2
     halves = sam2(scenes, 1, 2, **TINY | dict(halves=True))
     holds(halves, (128, 256), 2)
     assert not torch.equal(halves.bits[0], direct.bits[0])
     holds(sam2(scenes, 0, 4, **TINY | dict(points_per_side=1, crop_n_layers=1, use_m2m=True)), (128, 256), 4)
-    none = sam2(scenes, 1, 2, **TINY | dict(pred_iou_thresh=0.999))    # nothing found is no error
+    none = sam2(scenes, 1, 2, **TINY | dict(pred_iou_thresh=0.999))  # nothing found is no error
     assert none.masks.shape == (0, 64, 128)
 
 
@@ -60,8 +64,9 @@ def test_sam2_checkpoint(scenes, tmp_path):
     file, options = tmp_path / "sam2.1_hiera_tiny.pt", TINY | dict(checkpoint=tmp_path / "sam2.1_hiera_tiny.pt")
     torch.save({"model": {name: value + 0.02 if value.ndim == 1 else value for name, value in state.items()}}, file)
     store = make_proposals(scenes, "sam2", tmp_path / "store", reduction=2, **options)
-    assert not torch.equal(store[0].bits, plain.bits)    # other weights
-    assert store.manifest["checkpoint"].startswith("sam2.1_hiera_tiny.pt ") and "checkpoint" not in store.manifest["options"]
+    assert not torch.equal(store[0].bits, plain.bits)  # other weights
+    assert store.manifest["checkpoint"].startswith("sam2.1_hiera_tiny.pt ") and "checkpoint" not in store.manifest[
+        "options"]
     with pytest.raises(ValueError, match="checkpoint 'sam2.1_hiera_tiny.pt .*asked: 'random'.*another folder"):
         make_proposals(scenes, "sam2", tmp_path / "store", reduction=2, **TINY)
     with pytest.raises(ValueError, match="model 'small'.*another model.*name the model"):
@@ -71,8 +76,9 @@ def test_sam2_checkpoint(scenes, tmp_path):
     with pytest.raises(ValueError, match="hiera_tiny.pt is not a readable checkpoint.*get it again"):
         sam2(scenes, 0, 2, **options)
     file.unlink()
-    assert len(make_proposals(scenes, "sam2", tmp_path / "store", reduction=2, **options)[0].masks) == len(store[0].masks)
-    (tmp_path / "store" / "000001.safetensors").unlink()    # now there is something to do
+    assert len(make_proposals(scenes, "sam2", tmp_path / "store", reduction=2, **options)[0].masks) == len(
+        store[0].masks)
+    (tmp_path / "store" / "000001.safetensors").unlink()  # now there is something to do
     with pytest.raises(FileNotFoundError, match="no checkpoint .*https://.*sam2.1_hiera_tiny.pt"):
         make_proposals(scenes, "sam2", tmp_path / "store", reduction=2, **options)
 
@@ -86,17 +92,23 @@ def test_sam2_configuration_by_path(scenes, tmp_path):
 
 
 def test_sam1_from_image_to_stored_proposals(scenes, tmp_path, monkeypatch):
-    "The package's own classes; only the encoder is a small one, since its smallest takes 20 seconds an image on a core."
+    """The package's own classes.
+
+    Only the encoder is a small one, since its smallest takes 20 seconds an image on a core."""
     package = pytest.importorskip("segment_anything")
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
     def small(checkpoint=None):
-        encoder = ImageEncoderViT(img_size=256, patch_size=16, embed_dim=32, depth=2, num_heads=2, out_chans=256, use_rel_pos=True, global_attn_indexes=(1,), window_size=7)
-        return Sam(encoder, PromptEncoder(embed_dim=256, image_embedding_size=(16, 16), input_image_size=(256, 256), mask_in_chans=16),
-                   MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=512)))
+        encoder = ImageEncoderViT(img_size=256, patch_size=16, embed_dim=32, depth=2, num_heads=2, out_chans=256,
+            use_rel_pos=True, global_attn_indexes=(1,), window_size=7)
+        return Sam(encoder, PromptEncoder(embed_dim=256, image_embedding_size=(16, 16), input_image_size=(256, 256),
+            mask_in_chans=16),
+                   MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(depth=2, embedding_dim=256,
+                   num_heads=8, mlp_dim=512)))
 
     monkeypatch.setitem(package.sam_model_registry, "vit_b", small)
-    options = dict(model="base", checkpoint="random", points_per_side=2, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=1.0, device="cpu")
+    options = dict(model="base", checkpoint="random", points_per_side=2, pred_iou_thresh=-9.0,
+        stability_score_thresh=0.0, box_nms_thresh=1.0, device="cpu")
     store = make_proposals(scenes, "sam1", tmp_path / "store", reduction=2, **options)
     for index in range(2):
         holds(store[index], (128, 256), 2)
@@ -108,7 +120,9 @@ def test_sam1_from_image_to_stored_proposals(scenes, tmp_path, monkeypatch):
         sam1(scenes, 0, 2, **options | dict(model="giant"))
 
 
-@pytest.mark.parametrize("engine, package, model, url", [("sam2", "sam2", "large", "segment_anything_2/092824/sam2.1_hiera_large.pt"), ("sam1", "segment_anything", "huge", "segment_anything/sam_vit_h_4b8939.pth")])
+@pytest.mark.parametrize("engine, package, model, url",
+[("sam2", "sam2", "large", "segment_anything_2/092824/sam2.1_hiera_large.pt"),
+("sam1", "segment_anything", "huge", "segment_anything/sam_vit_h_4b8939.pth")])
 def test_what_is_missing_is_named(engine, package, model, url, scenes, tmp_path, monkeypatch):
     for cached in (engines._sam2_generator, engines._sam2_net, engines._sam1_generator, engines._sam1_net):
         cached.cache_clear()
@@ -134,9 +148,10 @@ def test_what_is_missing_is_named(engine, package, model, url, scenes, tmp_path,
 
 
 def test_engines_need_no_package_to_be_imported():
-    assert "sam2" in ENGINES and "sam1" in ENGINES    # whatever is installed
+    assert "sam2" in ENGINES and "sam1" in ENGINES  # whatever is installed
     source = open(engines.__file__).read()
-    assert not any(line.startswith(("import sam2", "from sam2", "import segment_anything", "from segment_anything")) for line in source.splitlines())
+    assert not any(line.startswith(("import sam2", "from sam2", "import segment_anything", "from segment_anything"))
+        for line in source.splitlines())
 
 
 def test_options_that_no_engine_has_are_refused(scenes, tmp_path):
@@ -146,11 +161,14 @@ def test_options_that_no_engine_has_are_refused(scenes, tmp_path):
         with pytest.raises(ValueError, match="has no option"):
             make_proposals(scenes, engine, **options)
     assert not (tmp_path / "x").exists()
-    assert engine_options("classical", scale=1.0)["min_size"] == 20 and engine_settings("instances") == dict(engine="instances", options={}, package=None, checkpoint=None)
+    assert engine_options("classical", scale=1.0)["min_size"] == 20 and engine_settings("instances") == dict(
+        engine="instances", options={}, package=None, checkpoint=None)
 
 
 class Answers:
-    "Stands for a mask generator: says for each image it is shown the masks it was given, in run lengths down the columns."
+    """Stands for a mask generator.
+
+    Says for each image it is shown the masks it was given, in run lengths down the columns."""
     def __init__(self, *lists):
         self.lists = list(lists)
 
@@ -159,16 +177,18 @@ class Answers:
         assert image.dtype == np.uint8 and image.flags.c_contiguous and all(m.shape == image.shape[:2] for m in masks)
         flat = [m.T.ravel().astype(np.int8) for m in masks]
         edges = [np.flatnonzero(np.diff(f, prepend=0, append=0)) for f in flat]
-        return [dict(segmentation=dict(counts=np.diff([0, *e, f.size]).tolist()), predicted_iou=1.5 - k) for k, (e, f) in enumerate(zip(edges, flat))]
+        return [dict(segmentation=dict(counts=np.diff([0, *e, f.size]).tolist()), predicted_iou=1.5 - k) for k,
+            (e, f) in enumerate(zip(edges, flat))]
 
 
 @pytest.mark.parametrize("size, reduction", [((37, 54), 4), ((36, 52), 4), ((13, 31), 2), ((9, 7), 1)])
 def test_run_lengths_become_cells(size, reduction):
     rng = np.random.default_rng(0)
-    masks = [rng.random(size) > level for level in (-1, 0.3, 0.6, 0.9, 2)]    # everything .. nothing
+    masks = [rng.random(size) > level for level in (-1, 0.3, 0.6, 0.9, 2)]  # everything .. nothing
     found = generated(Answers(masks), torch.zeros(3, *size, dtype=torch.uint8), reduction)
     for mask in masks[:3]:
-        cells = np.array([[2 * (cell := mask[y:y + reduction, x:x + reduction]).sum() >= cell.size for x in range(0, size[1], reduction)] for y in range(0, size[0], reduction)])
+        cells = np.array([[2 * (cell := mask[y:y + reduction, x:x + reduction]).sum() >= cell.size
+            for x in range(0, size[1], reduction)] for y in range(0, size[0], reduction)])
         assert any((cells == m).all() for m in found.masks.numpy())
     assert found.boxes[0].tolist() == [0, 0, size[1], size[0]] and found.scores.max() == 1 and found.scores.min() >= 0
 
@@ -180,14 +200,17 @@ def test_halves_are_joined_where_they_agree(width):
         mask = np.zeros((height, width), bool)
         mask[top:bottom, left:right] = True
         return mask
-    road, car, pole, lone = band(24, 40, 0, width), band(8, 20, cut - 8, cut + 10), band(0, 24, 4, 8), band(4, 8, cut - 12, cut)
+    road, car, pole, lone = band(24, 40, 0, width), band(8, 20, cut - 8, cut + 10), band(0, 24, 4, 8), band(4, 8,
+        cut - 12, cut)
     shown = [[m[:, :cut] for m in (road, car, pole, lone)], [m[:, cut:] for m in (car, road)]]
     found = generated(Answers(*shown), torch.zeros(3, height, width, dtype=torch.uint8), 4, halves=True)
     whole = generated(Answers([road, car, pole, lone]), torch.zeros(3, height, width, dtype=torch.uint8), 4)
     assert torch.equal(found.masks, whole.masks) and torch.equal(found.boxes, whole.boxes) and len(found.masks) == 4
     assert len(generated(Answers([], []), torch.zeros(3, height, width, dtype=torch.uint8), 4, halves=True).masks) == 0
-    assert len(generated(Answers([road]), torch.zeros(3, height, width, dtype=torch.uint8), 4).masks) == 1    # one image unless asked
-    square = generated(Answers([road[:, :cut]]), torch.zeros(3, height, cut, dtype=torch.uint8), 4, halves=True)    # not wide: one image, too
+    # one image unless asked
+    assert len(generated(Answers([road]), torch.zeros(3, height, width, dtype=torch.uint8), 4).masks) == 1
+    # not wide: one image, too
+    square = generated(Answers([road[:, :cut]]), torch.zeros(3, height, cut, dtype=torch.uint8), 4, halves=True)
     assert len(square.masks) == 1
 
 

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from reinpp.labels import CLASSES
 from reinpp.data.scenes import STYLES, WEATHERS, Scene, draw_scene, style_pair
+from reinpp.labels import CLASSES
 
 CASES = [(0, "day", "game"), (1, "day", "camera"), (100_002, "night", "camera"), (200_003, "fog", "game"),
          (300_004, "rain", "camera"), (1_400_005, "snow", "game"), (450_000, "snow", "camera")]
@@ -43,7 +43,8 @@ def test_order_and_global_state_do_not_matter():
 def test_another_process_draws_the_same():
     code = "from test_scenes import *; print(digest(a for s in draw_all() for a in s))"
     path = str(__file__).rsplit("test_scenes.py", 1)[0]
-    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"], capture_output=True,
+    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"],
+        capture_output=True,
                          text=True, check=True)
     assert out.stdout.strip() == digest(a for scene in draw_all() for a in scene)
 

@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 
-from reinpp.models.baselines import ADAPTERS
 from reinpp.files import data_folder, write_together
+from reinpp.models.adapter_files import pull_adapter, push_adapter, read_adapter
+from reinpp.models.baselines import ADAPTERS
 from reinpp.models.losses import segmentation_loss
 from reinpp.models.segmenter import create_segmenter, load_segmenter, window_starts
-from reinpp.models.adapter_files import pull_adapter, push_adapter, read_adapter
 
 SMALL = dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4)
 SIZES = dict(rein_g=dict(num_tokens=10, rank=4), vpt=dict(num_tokens=6))
@@ -21,11 +21,13 @@ IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 def make(adapter="rein_g", head="mask2former", seed=0, **arguments):
     "The same random backbone for every `seed`: 0 unless the head and adapter should start from other numbers."
     torch.manual_seed(seed)
-    arguments = dict(adapter_args=SIZES.get(adapter, {}), head_args=SMALL if head == "mask2former" else dict(hidden_dim=16), image_size=64, pretrained=False) | arguments
+    arguments = dict(adapter_args=SIZES.get(adapter, {}), head_args=SMALL if head == "mask2former"
+        else dict(hidden_dim=16), image_size=64, pretrained=False) | arguments
     segmenter = create_segmenter("tiny", adapter, head, num_classes=arguments.pop("num_classes", 5), **arguments)
     torch.manual_seed(7)
     with torch.no_grad():
-        for p in segmenter.backbone.parameters(): p.copy_(torch.randn(p.shape) * 0.05 + (p.ndim == 1))
+        for p in segmenter.backbone.parameters():
+            p.copy_(torch.randn(p.shape) * 0.05 + (p.ndim == 1))
     return segmenter
 
 
@@ -44,12 +46,14 @@ def train_a_step(segmenter):
 def saved(tmp_path):
     segmenter = make()
     with torch.no_grad():
-        for t in segmenter.trained_state().values(): t.add_(0.02 * torch.randn(t.shape))
+        for t in segmenter.trained_state().values():
+            t.add_(0.02 * torch.randn(t.shape))
     return segmenter, segmenter.save_adapter(tmp_path / "adapter", record=dict(note="disturbed"))
 
 
 @pytest.fixture(scope="module")
-def plain(): return make()
+def plain():
+    return make()
 
 
 # ---------------------------------------------------------------- predictions
@@ -59,8 +63,10 @@ def plain(): return make()
 def test_any_size_and_window(size, window, stride, plain):
     images = torch.rand(2, 3, *size)
     scores = plain.predict(images, window, stride)
-    assert scores.shape == (2, 5, *size) and scores.dtype == torch.float32 and scores.isfinite().all() and scores.min() >= 0
-    if window is None or window >= max(size): assert torch.equal(scores, plain.predict(images))
+    assert scores.shape == (
+        2, 5, *size) and scores.dtype == torch.float32 and scores.isfinite().all() and scores.min() >= 0
+    if window is None or window >= max(size):
+        assert torch.equal(scores, plain.predict(images))
 
 
 def test_windows_are_averaged_and_batching_changes_nothing(plain):
@@ -80,7 +86,8 @@ def test_windows_are_averaged_and_batching_changes_nothing(plain):
 def test_windows_of_the_paper_cover_every_pixel_once_or_more(window, stride, length):
     starts = window_starts(length, window, stride)
     assert starts[0] == 0 and starts[-1] + window == max(length, window) and len(set(starts)) == len(starts)
-    assert all(0 < b - a <= stride for a, b in zip(starts, starts[1:])) and len(starts) == max(0, -(-(length - window) // stride)) + 1
+    assert all(0 < b - a <= stride for a, b in zip(starts, starts[1:])) and len(starts) == max(0,
+        -(-(length - window) // stride)) + 1
 
 
 @pytest.mark.parametrize("window, stride", [(512, 341), (1024, 683)])
@@ -96,8 +103,10 @@ def test_default_stride_is_the_papers(window, stride, plain, monkeypatch):
 def test_bfloat16(head):
     segmenter, images = make(head=head), torch.rand(1, 3, 61, 70)
     exact = segmenter.predict(images, 48, 32)
-    with torch.autocast("cpu", torch.bfloat16): rounded = segmenter.predict(images, 48, 32)
-    assert rounded.dtype == torch.float32 and rounded.isfinite().all() and (rounded - exact).abs().mean() < 0.2 * exact.mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = segmenter.predict(images, 48, 32)
+    assert rounded.dtype == torch.float32 and rounded.isfinite().all() and (
+        rounded - exact).abs().mean() < 0.2 * exact.mean()
     held = make(head=head, backbone_args=dict(hold="bf16"))
     assert held.predict(images, 48, 32).isfinite().all() and held.config["backbone_args"] == dict(hold="bf16")
 
@@ -111,8 +120,10 @@ def test_the_head_per_pixel(tmp_path):
     assert scores.shape == (2, 5, 16, 24) and torch.allclose(scores.sum(1), torch.ones(2, 16, 24), atol=1e-5)
     again = make(head="semantic_fpn", seed=9).load_adapter(segmenter.save_adapter(tmp_path))
     assert torch.equal(again.predict(IMAGES), segmenter.predict(IMAGES))
-    with pytest.raises(ValueError, match="has no queries to link"): make(head="semantic_fpn", adapter_args=dict(link_queries=True))
-    with pytest.raises(ValueError, match="head is 'semantic_fpn', this segmenter has 'mask2former'"): make().load_adapter(tmp_path)
+    with pytest.raises(ValueError, match="has no queries to link"):
+        make(head="semantic_fpn", adapter_args=dict(link_queries=True))
+    with pytest.raises(ValueError, match="head is 'semantic_fpn', this segmenter has 'mask2former'"):
+        make().load_adapter(tmp_path)
 
 
 # ---------------------------------------------------------------- adapter files
@@ -129,14 +140,16 @@ def test_every_method_comes_back_bit_for_bit(adapter, tmp_path):
     assert not torch.equal(other.predict(IMAGES), trained)
     other.load_adapter(tmp_path)
     assert torch.equal(other.predict(IMAGES), trained) and other.loaded["record"] == dict(seed=0)
-    assert all(torch.equal(a, b) for a, b in zip(train_a_step(segmenter).parameters(), train_a_step(other).parameters())), "and trains on the same"
+    assert all(torch.equal(a, b) for a, b in zip(train_a_step(segmenter).parameters(),
+        train_a_step(other).parameters())), "and trains on the same"
     twin = copy.deepcopy(other)
     before = other.predict(IMAGES)
     assert torch.equal(twin.predict(IMAGES), before)
     train_a_step(twin)
     assert torch.equal(other.predict(IMAGES), before) and not torch.equal(twin.predict(IMAGES), before)
     with torch.no_grad():
-        for p in twin.adapter.parameters(): p.add_(0.5)
+        for p in twin.adapter.parameters():
+            p.add_(0.5)
     adapted = twin.predict(IMAGES)
     assert not adapted.equal(before) and torch.equal(other.predict(IMAGES), before)
 
@@ -144,8 +157,10 @@ def test_every_method_comes_back_bit_for_bit(adapter, tmp_path):
 def test_what_a_file_holds_does_not_depend_on_freezing(saved, tmp_path):
     segmenter, folder = saved
     frozen = copy.deepcopy(segmenter).requires_grad_(False)
-    assert (frozen.save_adapter(tmp_path / "frozen") / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
-    assert torch.equal(make(seed=9).requires_grad_(False).load_adapter(folder).predict(IMAGES), segmenter.predict(IMAGES))
+    assert (frozen.save_adapter(tmp_path / "frozen") / "adapter_model.safetensors").read_bytes() == (
+        folder / "adapter_model.safetensors").read_bytes()
+    assert torch.equal(make(seed=9).requires_grad_(False).load_adapter(folder).predict(IMAGES),
+        segmenter.predict(IMAGES))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -158,9 +173,11 @@ def test_half_precision(dtype, saved, tmp_path):
     config, state = read_adapter(half)
     assert config["dtype"] == dtype and all(t.dtype == getattr(torch, dtype) for t in state.values())
     other = make(seed=9)
-    with pytest.warns(UserWarning, match=f"stored in {dtype}"): other.load_adapter(half)
+    with pytest.warns(UserWarning, match=f"stored in {dtype}"):
+        other.load_adapter(half)
     assert other.loaded["dtype"] == dtype and all(p.dtype == torch.float32 for p in other.parameters())
-    assert all(torch.equal(t, segmenter.trained_state()[n].to(getattr(torch, dtype)).float()) for n, t in other.trained_state().items())
+    assert all(torch.equal(t, segmenter.trained_state()[n].to(getattr(torch, dtype)).float()) for n,
+        t in other.trained_state().items())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.to(torch.bfloat16).load_adapter(folder)
@@ -170,12 +187,17 @@ def test_half_precision(dtype, saved, tmp_path):
 def test_numbers_that_a_type_cannot_hold_are_not_saved(saved, tmp_path):
     segmenter, folder = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with torch.no_grad(): segmenter.head.decoder.class_head.weight[0, 0] = 1e5
-    with pytest.raises(ValueError, match="head.decoder.class_head.weight is not finite in float16.*bfloat16"): segmenter.save_adapter(folder, dtype="float16")
+    with torch.no_grad():
+        segmenter.head.decoder.class_head.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match="head.decoder.class_head.weight is not finite in float16.*bfloat16"):
+        segmenter.save_adapter(folder, dtype="float16")
     segmenter.save_adapter(tmp_path / "other", dtype="bfloat16")
-    with torch.no_grad(): segmenter.head.decoder.class_head.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="is not finite"): segmenter.save_adapter(folder)
-    with pytest.raises(ValueError, match="dtype='half'"): segmenter.save_adapter(folder, dtype="half")
+    with torch.no_grad():
+        segmenter.head.decoder.class_head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="is not finite"):
+        segmenter.save_adapter(folder)
+    with pytest.raises(ValueError, match="dtype='half'"):
+        segmenter.save_adapter(folder, dtype="half")
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
@@ -201,44 +223,61 @@ def flipped(folder):
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (cut("adapter_model.safetensors", -1), "truncated or was altered"), (cut("adapter_model.safetensors", 10), "truncated or was altered"), (flipped, "truncated or was altered"),
-    (cut("adapter_config.json", -40), "adapter_config.json is damaged"), (cut("adapter_config.json", 1), "adapter_config.json is damaged"),
-    (lambda f: (f / "adapter_config.json").write_text("[1]"), "adapter_config.json is damaged"), (lambda f: (f / "adapter_config.json").write_text("{}"), r"adapter_config.json is damaged \(no backbone"),
-    (altered("num_classes", 6), "adapter_config.json was altered"), (altered("head_args", SMALL | dict(num_heads=8)), "adapter_config.json was altered"),
-    (altered("backbone", "dinov2_large"), "adapter_config.json was altered"), (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors")])
+    (cut("adapter_model.safetensors", -1), "truncated or was altered"),
+    (cut("adapter_model.safetensors", 10), "truncated or was altered"), (flipped, "truncated or was altered"),
+    (cut("adapter_config.json", -40), "adapter_config.json is damaged"),
+    (cut("adapter_config.json", 1), "adapter_config.json is damaged"),
+    (lambda f: (f / "adapter_config.json").write_text("[1]"), "adapter_config.json is damaged"),
+    (lambda f: (f / "adapter_config.json").write_text("{}"), r"adapter_config.json is damaged \(no backbone"),
+    (altered("num_classes", 6), "adapter_config.json was altered"),
+    (altered("head_args", SMALL | dict(num_heads=8)), "adapter_config.json was altered"),
+    (altered("backbone", "dinov2_large"), "adapter_config.json was altered"),
+    (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors")])
 def test_a_damaged_file_is_refused_and_nothing_changes(spoil, says, saved):
     segmenter, folder = saved
     spoil(folder)
     before = {n: p.clone() for n, p in segmenter.state_dict().items()}
-    with pytest.raises((ValueError, FileNotFoundError), match=says) as told: segmenter.load_adapter(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as told:
+        segmenter.load_adapter(folder)
     assert "\n" not in str(told.value) and str(folder) in str(told.value)
     assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items()) and segmenter.loaded is None
-    with pytest.raises((ValueError, FileNotFoundError)): load_segmenter(folder, pretrained=False)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        load_segmenter(folder, pretrained=False)
 
 
 @pytest.mark.parametrize("other, says", [
-    (dict(adapter="freeze"), "adapter is 'rein_g', this segmenter has 'freeze'"), (dict(num_classes=6), "num_classes is 5, this segmenter has 6"),
-    (dict(head_args=SMALL | dict(hidden_dim=32)), "head_args is .*'hidden_dim': 64.* this segmenter has .*'hidden_dim': 32"),
-    (dict(adapter_args=dict(num_tokens=12, rank=4)), "adapter_args is"), (dict(normalization="imagenet"), "normalization is"),
+    (dict(adapter="freeze"), "adapter is 'rein_g', this segmenter has 'freeze'"),
+    (dict(num_classes=6), "num_classes is 5, this segmenter has 6"),
+    (dict(head_args=SMALL | dict(
+    hidden_dim=32)), "head_args is .*'hidden_dim': 64.* this segmenter has .*'hidden_dim': 32"),
+    (dict(adapter_args=dict(num_tokens=12, rank=4)), "adapter_args is"),
+    (dict(normalization="imagenet"), "normalization is"),
     (dict(backbone_args=dict(patch_size=16)), "backbone_args is")])
 def test_another_segmenter_refuses(other, says, saved):
     segmenter = make(**other)
     before = {n: p.clone() for n, p in segmenter.state_dict().items()}
-    with pytest.raises(ValueError, match=says + ".*load_segmenter"): segmenter.load_adapter(saved[1])
+    with pytest.raises(ValueError, match=says + ".*load_segmenter"):
+        segmenter.load_adapter(saved[1])
     assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items())
 
 
 def test_another_backbone_refuses(saved, tmp_path):
-    kind = dict(image_size=64, num_classes=5, pretrained=False, head_args=SMALL, adapter_args=dict(num_tokens=10, rank=4))
+    kind = dict(image_size=64, num_classes=5, pretrained=False, head_args=SMALL,
+        adapter_args=dict(num_tokens=10, rank=4))
     other = create_segmenter("test_vit", **kind)
-    with pytest.raises(ValueError, match="backbone is 'tiny', this segmenter has 'test_vit'"): other.load_adapter(saved[1])
+    with pytest.raises(ValueError, match="backbone is 'tiny', this segmenter has 'test_vit'"):
+        other.load_adapter(saved[1])
     other.save_adapter(tmp_path / "test_vit")
-    with pytest.raises(ValueError, match="backbone is 'test_vit', this segmenter has 'tiny'"): saved[0].load_adapter(tmp_path / "test_vit")
+    with pytest.raises(ValueError, match="backbone is 'test_vit', this segmenter has 'tiny'"):
+        saved[0].load_adapter(tmp_path / "test_vit")
     other.config["backbone"] = "tiny"  # a backbone of another width under the same name
-    with pytest.raises(ValueError, match=r"tensors have another shape, first adapter.\S+: \(.*\) in the file, \(.*\) here"): saved[0].load_adapter(other.save_adapter(tmp_path / "liar"))
+    with pytest.raises(
+            ValueError, match=r"tensors have another shape, first adapter.\S+: \(.*\) in the file, \(.*\) here"):
+        saved[0].load_adapter(other.save_adapter(tmp_path / "liar"))
     del other.head.querys2feat
     other.trained = tuple(n for n in other.trained if "querys2feat" not in n)
-    with pytest.raises(ValueError, match="2 tensors are missing or unexpected, first head.querys2feat.bias"): saved[0].load_adapter(other.save_adapter(tmp_path / "liar"))
+    with pytest.raises(ValueError, match="2 tensors are missing or unexpected, first head.querys2feat.bias"):
+        saved[0].load_adapter(other.save_adapter(tmp_path / "liar"))
 
 
 def test_how_the_backbone_is_held_does_not_matter(saved):
@@ -254,7 +293,8 @@ def test_a_load_that_fails_half_way_leaves_no_trace(saved, monkeypatch):
     monkeypatch.setattr(module, "read_adapter", lambda folder: (config, state))
     segmenter = make(seed=9)
     before = {n: p.clone() for n, p in segmenter.state_dict().items()}
-    with pytest.raises(NotImplementedError): segmenter.load_adapter(saved[1])
+    with pytest.raises(NotImplementedError):
+        segmenter.load_adapter(saved[1])
     assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items()) and segmenter.loaded is None
 
 
@@ -264,10 +304,12 @@ def test_a_save_that_fails_half_way_leaves_the_old_files(saved, monkeypatch):
     sync, calls = os.fsync, []
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 2: raise OSError("no space left")
+        if len(calls) == 2:
+            raise OSError("no space left")
         sync(descriptor)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"): train_a_step(segmenter).save_adapter(folder)
+    with pytest.raises(OSError, match="no space"):
+        train_a_step(segmenter).save_adapter(folder)
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
     monkeypatch.undo()
     write_together({folder / "a": b"1", folder / "b": b"2"})
@@ -282,7 +324,8 @@ def test_one_backbone_two_domains(saved, tmp_path):
     places = {n: p.data_ptr() for n, p in segmenter.named_parameters()}
     for folder, scores in ((first, day), (second, night), (first, day)):
         assert torch.equal(segmenter.load_adapter(folder).predict(IMAGES), scores) and not torch.equal(day, night)
-    assert places == {n: p.data_ptr() for n, p in segmenter.named_parameters()}, "nothing moved: optimisers and copies on a device stay valid"
+    assert places == {n: p.data_ptr() for n,
+        p in segmenter.named_parameters()}, "nothing moved: optimisers and copies on a device stay valid"
 
 
 @pytest.mark.parametrize("folder", sorted((data_folder() / "weights").glob("*_rein_g_seed0")), ids=lambda f: f.name)
@@ -293,9 +336,13 @@ def test_bundled_adapters(folder):
 
 
 def test_create_segmenter_refuses():
-    for wrong, says in ((dict(head="fcn"), "use one of mask2former, semantic_fpn"), (dict(normalization="none"), "normalization"), (dict(num_classes=0), "at least one class"),
-                        (dict(image_size=100), "multiple of the patch"), (dict(head_args=dict(colour=1)), "does not take"), (dict(adapter_args=dict(rank=torch.ones(1))), "plain numbers")):
-        with pytest.raises(ValueError, match=says): create_segmenter("tiny", pretrained=False, **dict(image_size=64) | wrong)
+    for wrong, says in ((dict(head="fcn"), "use one of mask2former, semantic_fpn"),
+            (dict(normalization="none"), "normalization"), (dict(num_classes=0), "at least one class"),
+                        (dict(image_size=100), "multiple of the patch"),
+                        (dict(head_args=dict(colour=1)), "does not take"),
+                        (dict(adapter_args=dict(rank=torch.ones(1))), "plain numbers")):
+        with pytest.raises(ValueError, match=says):
+            create_segmenter("tiny", pretrained=False, **dict(image_size=64) | wrong)
 
 
 # ---------------------------------------------------------------- the Hub, without a network
@@ -304,14 +351,17 @@ def test_create_segmenter_refuses():
 def hub(tmp_path, monkeypatch):
     import huggingface_hub
     root, made = tmp_path / "hub", {}
-    def create_repo(self, repo_id, *, private=None, exist_ok=False, **_): made[repo_id] = private
+    def create_repo(self, repo_id, *, private=None, exist_ok=False, **_):
+        made[repo_id] = private
     def upload_folder(self, *, repo_id, folder_path, commit_message, **_):
         target = root / repo_id
         target.mkdir(parents=True, exist_ok=True)
-        for name in os.listdir(folder_path): (target / name).write_bytes(open(os.path.join(folder_path, name), "rb").read())
+        for name in os.listdir(folder_path):
+            (target / name).write_bytes(open(os.path.join(folder_path, name), "rb").read())
         return f"https://huggingface.co/{repo_id}/commit/1"
     def snapshot_download(repo_id, *, revision=None, token=None, allow_patterns=None):
-        if not (root / repo_id).is_dir(): raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand a long story")
+        if not (root / repo_id).is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand a long story")
         return str(root / repo_id)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
@@ -324,7 +374,8 @@ def test_push_and_pull(saved, hub):
     root, made = hub
     assert push_adapter(segmenter, "me/rain", record=dict(miou=48.07)).startswith("https://huggingface.co/me/rain")
     assert push_adapter(folder, "me/fog", private=False) and made == {"me/rain": True, "me/fog": False}
-    assert (root / "me" / "fog" / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+    assert (root / "me" / "fog" / "adapter_model.safetensors").read_bytes() == (
+        folder / "adapter_model.safetensors").read_bytes()
     card = (root / "me" / "rain" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: reinpp\n") and "48.07" in card and "load_segmenter(pull_adapter(" in card
     assert torch.equal(make(seed=9).load_adapter(pull_adapter("me/rain")).predict(IMAGES), segmenter.predict(IMAGES))
@@ -333,11 +384,16 @@ def test_push_and_pull(saved, hub):
 def test_what_the_hub_refuses_is_one_line(saved, hub, monkeypatch):
     import huggingface_hub
     root, _ = hub
-    with pytest.raises(ConnectionError, match=r"me/none at v1 could not be fetched \(no network\)"): pull_adapter("me/none", revision="v1")
+    with pytest.raises(ConnectionError, match=r"me/none at v1 could not be fetched \(no network\)"):
+        pull_adapter("me/none", revision="v1")
     (root / "me" / "empty").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="no adapter_config.json"): pull_adapter("me/empty")
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
+        pull_adapter("me/empty")
     flipped(saved[1])
-    with pytest.raises(ValueError, match="truncated or was altered"): push_adapter(saved[1], "me/rain")
-    def denied(self, *a, **k): raise PermissionError("401: invalid token")
+    with pytest.raises(ValueError, match="truncated or was altered"):
+        push_adapter(saved[1], "me/rain")
+    def denied(self, *a, **k):
+        raise PermissionError("401: invalid token")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", denied)
-    with pytest.raises(ConnectionError, match=r"me/rain could not be pushed \(401: invalid token\): log in"): push_adapter(saved[0], "me/rain")
+    with pytest.raises(ConnectionError, match=r"me/rain could not be pushed \(401: invalid token\): log in"):
+        push_adapter(saved[0], "me/rain")

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = "table1 table2 table3 table4 table5 table6 table7 table8 table9 table10 table11 table12 table13 fig1 fig2 fig3 fig4 fig5 fig6".split()
-OF_ONE_MODEL = ("table12", "fig3", "fig4", "fig5")  # these look at a model or measure its steps: nothing of theirs is in the ledger
+# these look at a model or measure its steps: nothing of theirs is in the ledger
+OF_ONE_MODEL = ("table12", "fig3", "fig4", "fig5")
 PARAMETERS = {"preset", "rows", "seeds", "run_missing", "data_root", "limit_iterations"}
 OF_GENERALIZATION = [f"table{n}" for n in range(1, 9)] + ["fig1", "fig2", "fig6"]  # these have all parameters of table9
 
@@ -17,7 +18,8 @@ OF_GENERALIZATION = [f"table{n}" for n in range(1, 9)] + ["fig1", "fig2", "fig6"
 def code_cells(name):
     "Source, without IPython's `%` lines, and tags of every code cell."
     cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"]
-    return [(re.sub(r"(?m)^%.*$", "", "".join(c["source"])), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == "code"]
+    return [(re.sub(r"(?m)^%.*$", "", "".join(c["source"])), c["metadata"].get("tags", [])) for c in cells
+        if c["cell_type"] == "code"]
 
 
 def defaults(name):
@@ -27,7 +29,9 @@ def defaults(name):
 
 
 def run(name, cells=None, **parameters):
-    "Run a notebook's cells in this process, as papermill would: parameters after the tagged cell. What it displayed, and its names."
+    """Run a notebook's cells in this process, as papermill would: parameters after the tagged cell.
+
+    What it displayed, and its names."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -38,15 +42,21 @@ def run(name, cells=None, **parameters):
             tree = ast.parse(source)
             value = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
             exec(compile(tree, name, "exec"), namespace)
-            if value is not None and (value := eval(compile(value, name, "eval"), namespace)) is not None: shown.append(value)
-            if "parameters" in tags: namespace |= parameters
+            if value is not None and (value := eval(compile(value, name, "eval"), namespace)) is not None:
+                shown.append(value)
+            if "parameters" in tags:
+                namespace |= parameters
         for value in shown:
-            if hasattr(value, "_repr_html_"): value._repr_html_()  # as it would be shown
-    finally: plt.close("all")
+            if hasattr(value, "_repr_html_"):
+                value._repr_html_()  # as it would be shown
+    finally:
+        plt.close("all")
     return shown, namespace
 
 
-def quiet(tmp_path, name, **more): return dict(preset="tiny", run_missing=False) | (dict(output=str(tmp_path)) if "output" in defaults(name) else {}) | more
+def quiet(tmp_path, name, **more):
+    return dict(preset="tiny", run_missing=False) | (dict(output=str(tmp_path)) if "output" in defaults(name)
+        else {}) | more
 
 
 def test_one_notebook_for_each_table_and_figure():
@@ -56,7 +66,8 @@ def test_one_notebook_for_each_table_and_figure():
 @pytest.mark.parametrize("name", NAMES)
 def test_its_parameters(name):
     assert sum("parameters" in tags for _, tags in code_cells(name)) == 1, "without the tag, -p is silently ignored"
-    assert defaults(name) and (name in OF_ONE_MODEL or PARAMETERS <= defaults(name).keys() and defaults(name)["preset"] == "auto")
+    assert defaults(name) and (name in OF_ONE_MODEL or PARAMETERS <= defaults(name).keys()
+        and defaults(name)["preset"] == "auto")
     assert not any("default_exp" in source or "#| export" in source for source, _ in code_cells(name))
 
 
@@ -72,15 +83,18 @@ def test_it_shows_the_ledger(name, tmp_path, capsys):
     text = said + "\n".join(v.to_string() for v in shown if hasattr(v, "to_string"))
     assert "1.6 M parameter backbone" in said, "what the small preset is"
     assert "not run: needs the" in text and "paper" in text and "ours" in text
-    if name.startswith("fig"): assert all((tmp_path / f"{name}.{ending}").stat().st_size > 5000 for ending in ("svg", "png"))
+    if name.startswith("fig"):
+        assert all((tmp_path / f"{name}.{ending}").stat().st_size > 5000 for ending in ("svg", "png"))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_GENERALIZATION])
 def test_it_opens(name, tmp_path):
-    wanted = dict(preset="tiny", run_missing=False, models=["dinov2_large"], output=str(tmp_path)) | (dict(backbone="tiny", image_size=128) if name == "fig3" else {})
+    wanted = dict(preset="tiny", run_missing=False, models=["dinov2_large"],
+        output=str(tmp_path)) | (dict(backbone="tiny", image_size=128) if name == "fig3" else {})
     shown, _ = run(name, **{k: v for k, v in wanted.items() if k in defaults(name)})
     assert shown or name.startswith("fig")
-    if name.startswith("fig"): assert all((tmp_path / f"{name}.{ending}").stat().st_size > 5000 for ending in ("svg", "png"))
+    if name.startswith("fig"):
+        assert all((tmp_path / f"{name}.{ending}").stat().st_size > 5000 for ending in ("svg", "png"))
 
 
 @pytest.mark.parametrize("name", ["table2", "table8", "fig2"])
@@ -90,52 +104,70 @@ def test_from_an_empty_ledger(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, wrong, says", [
-    ("table2", dict(preset="huge"), "use auto, tiny, camvid, paper"), ("table5", dict(rows=["+ Rein-a"]), "Rein-core"), ("table6", dict(rows=["rank 64"]), "use rank 2, rank 4"),
-    ("table3", dict(rows="LoRA"), "not a list"), ("table8", dict(seeds="[0, 1]"), "not a list"), ("fig6", dict(targets=["dawn"]), "night"), ("table1", dict(limit_iterations=0), "whole number"),
-    ("table7", dict(steps=0), "steps"), ("table4", dict(images=-1), "images=-1"), ("fig1", dict(prest="tiny"), "unknown parameter prest"), ("table2", dict(preset="paper", data_root="nowhere"), "gtav")])
+    ("table2", dict(preset="huge"), "use auto, tiny, camvid, paper"), ("table5", dict(rows=["+ Rein-a"]), "Rein-core"),
+    ("table6", dict(rows=["rank 64"]), "use rank 2, rank 4"),
+    ("table3", dict(rows="LoRA"), "not a list"), ("table8", dict(seeds="[0, 1]"), "not a list"),
+    ("fig6", dict(targets=["dawn"]), "night"), ("table1", dict(limit_iterations=0), "whole number"),
+    ("table7", dict(steps=0), "steps"), ("table4", dict(images=-1), "images=-1"),
+    ("fig1", dict(prest="tiny"), "unknown parameter prest"),
+    ("table2", dict(preset="paper", data_root="nowhere"), "gtav")])
 def test_wrong_parameters_are_refused_at_once(name, wrong, says):
-    with pytest.raises((ValueError, FileNotFoundError), match=says): run(name, cells=2, **dict(preset="tiny", run_missing=False) | wrong)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        run(name, cells=2, **dict(preset="tiny", run_missing=False) | wrong)
 
 
 def fake_record(experiment, miou):
     "A record as `experiments.run` would write it, the same number for every class and domain."
     from reinpp.labels import CLASSES
-    training = dict(seconds=36000., seconds_per_iteration=.9, loss_last_1000=20., device="a GPU", precision="bf16", peak_memory=9.9e9)
-    return dict(key=experiment.key, config=experiment.config(), metrics={d: dict(miou=miou, pixel_accuracy=miou, iou={c: miou for c in CLASSES}, images=1) for d in experiment.evaluate_on}, training=training,
-                parameters=dict(adapter=2_990_593, head=1, total=1, backbone=1, percent=1.), seconds=1., versions=dict(torch="0", timm="0"), commit="0", date="")
+    training = dict(seconds=36000., seconds_per_iteration=.9, loss_last_1000=20., device="a GPU", precision="bf16",
+        peak_memory=9.9e9)
+    return dict(key=experiment.key, config=experiment.config(),
+        metrics={d: dict(miou=miou, pixel_accuracy=miou, iou={c: miou for c in CLASSES}, images=1)
+        for d in experiment.evaluate_on}, training=training,
+                parameters=dict(adapter=2_990_593, head=1, total=1, backbone=1, percent=1.), seconds=1.,
+                versions=dict(torch="0", timm="0"), commit="0", date="")
 
 
 @pytest.fixture
 def two_presets(tmp_path):
-    "A ledger with Rein-G of the paper preset (two seeds, mIoU 60 and 62, DINOv2-L from GTAV and from Cityscapes) and of the tiny one."
+    """A ledger with Rein-G of the paper preset (two seeds, mIoU 60 and 62, DINOv2-L from GTAV and from Cityscapes) and
+    of the tiny one."""
     from reinpp.paper.experiments import Ledger, plan
     ledger = Ledger(tmp_path / "results")
     for seed, miou in ((0, .60), (1, .62)):
-        for setting in (None, "cityscapes"): ledger.put(e := plan("paper", "rein_g", seed, setting=setting), fake_record(e, miou))
+        for setting in (None, "cityscapes"):
+            ledger.put(e := plan("paper", "rein_g", seed, setting=setting), fake_record(e, miou))
         tiny = fake_record(e := plan("tiny", "rein_g", seed), .1234)
         ledger.put(e, tiny | dict(parameters=tiny["parameters"] | dict(adapter=63_937)))
     return str(ledger.folder)
 
 
 @pytest.mark.parametrize("name, where", [
-    ("table2", ["Rein-G + DINOv2-Large"] * 2), ("table3", [("DINOv2 (Large)", "+ Rein-G")] * 2), ("table5", ["+ GELU"]), ("table6", ["rank 16"]), ("table7", [("DINOv2 (Large)", "Rein-G", 4)]),
-    ("table8", ["100 tokens"]), ("fig2", ["DINOv2-L, Rein-G"]), ("fig6", [f"Rein-G, mask2former, DINOv2 (Large): {c}" for c in ("Citys", "BDD", "Map")])])
+    ("table2", ["Rein-G + DINOv2-Large"] * 2), ("table3", [("DINOv2 (Large)", "+ Rein-G")] * 2), ("table5", ["+ GELU"]),
+    ("table6", ["rank 16"]), ("table7", [("DINOv2 (Large)", "Rein-G", 4)]),
+    ("table8", ["100 tokens"]), ("fig2", ["DINOv2-L, Rein-G"]),
+    ("fig6", [f"Rein-G, mask2former, DINOv2 (Large): {c}" for c in ("Citys", "BDD", "Map")])])
 def test_ours_is_filled_by_the_paper_preset_only(name, where, two_presets, tmp_path, capsys):
     shown, _ = run(name, **quiet(tmp_path, name, results=two_presets))
-    compared = [v for v in shown if hasattr(v, "columns") and {"ours", "status"} & set(v.columns.get_level_values(-1)) and "status" in v.columns.get_level_values(0) and "n" in v.columns.get_level_values(0)]
+    compared = [v for v in shown if hasattr(v, "columns") and {"ours", "status"} & set(v.columns.get_level_values(-1))
+        and "status" in v.columns.get_level_values(0) and "n" in v.columns.get_level_values(0)]
     measured = [label for v in compared for label, n in zip(v.index, v["n"]) if n]
     assert measured == where
     text = "\n".join(v.to_string() for v in compared)
     assert "12.3" not in text, "a small preset never fills the paper's column"
-    if name == "table7": assert "10.0" in text and "9.9" in text and "a GPU" in text
-    elif name in ("table2", "table3", "table6"): assert "61.0 ± 1.4" in text and re.search(r"\b61\.0 ", text), "and its average"
-    else: assert "61.0 ± 1.4" in text
+    if name == "table7":
+        assert "10.0" in text and "9.9" in text and "a GPU" in text
+    elif name in ("table2", "table3", "table6"):
+        assert "61.0 ± 1.4" in text and re.search(r"\b61\.0 ", text), "and its average"
+    else:
+        assert "61.0 ± 1.4" in text
 
 
 def test_rows_of_other_length_are_not_compared(tmp_path, capsys):
     from reinpp.paper.experiments import Ledger, plan
     ledger = Ledger(tmp_path / "results")
-    for method, limit, miou in (("rein_g", None, .3), ("freeze", 60, .1), ("full", None, .2)): ledger.put(e := plan("tiny", method, limit_iterations=limit), fake_record(e, miou))
+    for method, limit, miou in (("rein_g", None, .3), ("freeze", 60, .1), ("full", None, .2)):
+        ledger.put(e := plan("tiny", method, limit_iterations=limit), fake_record(e, miou))
     run("table2", **quiet(tmp_path, "table2", results=str(ledger.folder)))
     said = capsys.readouterr().out
     assert "against Full" in said and "against Freeze" not in said
@@ -148,14 +180,16 @@ def few_scenes(tmp_path, monkeypatch):
     "The tiny preset with eight scenes to train on and one to test on, and folders of its own."
     from reinpp.paper import experiments
     p = experiments.PRESETS["tiny"]
-    monkeypatch.setitem(experiments.PRESETS, "tiny", dataclasses.replace(p, source="scenes:train[:8]", source_val="scenes:val[:1]", targets={"night": ("scenes:night/train[:8]", "scenes:night/val[:1]")},
+    monkeypatch.setitem(experiments.PRESETS, "tiny", dataclasses.replace(p, source="scenes:train[:8]",
+        source_val="scenes:val[:1]", targets={"night": ("scenes:night/train[:8]", "scenes:night/val[:1]")},
                                                                          data=p.data | dict(min_class_pixels=20)))
     (tmp_path / "data" / "weights").mkdir(parents=True)
     monkeypatch.setattr(experiments, "data_folder", lambda: tmp_path / "data")
     return dict(results=str(tmp_path / "results"), run_missing=True, limit_iterations=2)
 
 
-@pytest.mark.parametrize("name, rows", [("table3", ["LoRA", "Freeze + PASTA"]), ("table5", ["+ Rein-core"]), ("fig6", ["Rein-G, semantic_fpn"])])
+@pytest.mark.parametrize(
+"name, rows", [("table3", ["LoRA", "Freeze + PASTA"]), ("table5", ["+ Rein-core"]), ("fig6", ["Rein-G, semantic_fpn"])])
 def test_it_makes_what_is_missing(name, rows, few_scenes, tmp_path, capsys):
     shown, _ = run(name, **quiet(tmp_path, name, rows=rows, **few_scenes))
     said = capsys.readouterr().out
@@ -169,12 +203,14 @@ def test_it_makes_what_is_missing(name, rows, few_scenes, tmp_path, capsys):
 
 
 def test_table7_times_this_machine(tmp_path, capsys):
-    shown, namespace = run("table7", **quiet(tmp_path, "table7", run_missing=True, steps=1, rows=["Freeze", "Rein-G"], results=str(tmp_path)))
+    shown, namespace = run("table7", **quiet(tmp_path, "table7", run_missing=True, steps=1, rows=["Freeze", "Rein-G"],
+        results=str(tmp_path)))
     table = namespace["table"]
     assert list(table.index) == ["Freeze", "Rein-G"] and table.device.str.len().min() > 2
     assert table["trained, backbone's side"].tolist() == ["0", "63,937"] and float(table["file, MB"]["Rein-G"]) < 2
 
 
 def test_a_figure_is_the_same_file_twice(tmp_path):
-    for folder in ("a", "b"): run("fig2", **quiet(tmp_path, "fig2", output=str(tmp_path / folder), results=str(tmp_path / "empty")))
+    for folder in ("a", "b"):
+        run("fig2", **quiet(tmp_path, "fig2", output=str(tmp_path / folder), results=str(tmp_path / "empty")))
     assert (tmp_path / "a" / "fig2.svg").read_bytes() == (tmp_path / "b" / "fig2.svg").read_bytes()

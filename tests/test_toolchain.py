@@ -69,7 +69,8 @@ def requirements():
 def test_constraints_pin_every_requirement(constraints, requirements):
     for name, requirement in requirements.items():
         assert name in constraints, f"constraints.txt lacks {name}"
-        assert requirement.specifier.contains(constraints[name]), f"constraints.txt has {name} {constraints[name]}, not {requirement}"
+        assert requirement.specifier.contains(
+            constraints[name]), f"constraints.txt has {name} {constraints[name]}, not {requirement}"
 
 
 def test_extras_have_the_same_pins(constraints):
@@ -90,7 +91,8 @@ def test_environment_has_the_same_pins(constraints, requirements):
 def test_settings_pin_nbdev_and_its_companions(constraints, requirements):
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
-    dev = {requirement.name: requirement for requirement in map(Requirement, settings["DEFAULT"]["dev_requirements"].split())}
+    dev = {requirement.name: requirement for requirement in map(Requirement,
+        settings["DEFAULT"]["dev_requirements"].split())}
     assert set(dev) == set(QUARTET)
     for name in QUARTET:
         assert dev[name].specifier == requirements[name].specifier
@@ -112,8 +114,10 @@ def test_cleaning_keeps_the_parameters_tag(tmp_path):
     """nbdev_clean with our settings, then papermill -p: the parameter must arrive."""
     (tmp_path / "nbs").mkdir()
     (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}})
-    notebook.cells = [nbformat.v4.new_code_cell("preset = 'auto'", metadata={"tags": ["parameters"], "trusted": True}, execution_count=7)]
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}})
+    notebook.cells = [nbformat.v4.new_code_cell("preset = 'auto'", metadata={"tags": ["parameters"], "trusted": True},
+        execution_count=7)]
     notebook.cells.append(nbformat.v4.new_code_cell("print('preset is', preset)"))
     path = tmp_path / "nbs" / "page.ipynb"
     nbformat.write(notebook, path)
@@ -129,7 +133,8 @@ def test_has_one_parameters_cell(path):
     tagged = [cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1, f"{path.name}: papermill needs exactly one cell tagged `parameters`, there are {len(tagged)}"
     for line in tagged[0].source.splitlines():
-        assert "=" not in line.partition("#")[2], f"{path.name}: a `=` in a parameter's comment hides it from papermill --help-notebook: {line}"
+        assert "=" not in line.partition("#")[
+            2], f"{path.name}: a `=` in a parameter's comment hides it from papermill --help-notebook: {line}"
 
 
 @pytest.mark.parametrize("path", WITH_PARAMETERS, ids=lambda path: path.stem)
@@ -142,7 +147,8 @@ def test_is_run_by_a_test(path):
 @by_name
 def test_opens_with_a_title_and_a_quoted_line(path):
     first = nbformat.read(path, as_version=4).cells[0]
-    assert first.cell_type == "markdown" and re.match(r"# \S.*\n\n> \S", first.source), f"{path.name}: the first cell must be `# Title`, an empty line, `> one line`"
+    assert first.cell_type == "markdown" and re.match(r"# \S.*\n\n> \S",
+        first.source), f"{path.name}: the first cell must be `# Title`, an empty line, `> one line`"
 
 
 @by_name
@@ -152,7 +158,8 @@ def test_saved_outputs_hold_no_error_and_no_path_of_a_machine(path):
         texts = [cell.source]
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"{path.name}, cell {number}: saved error {output.ename}: {output.evalue}"
-            texts += [output.get("text", "")] + [str(value) for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
+            texts += [output.get("text", "")] + [str(value) for kind, value in output.get("data", {}).items()
+                if not kind.startswith("image/")]
         for text in texts:
             found = machine.search(text)
             assert not found, f"{path.name}, cell {number}: {text[found.start():found.start() + 60]!r}"
@@ -162,7 +169,8 @@ def test_saved_outputs_hold_no_error_and_no_path_of_a_machine(path):
 def test_shows_its_outputs(path):
     """A lesson is read without running it, too."""
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    assert path.stem == "index" or any(cell.outputs for cell in code), f"{path.name} has no saved outputs: run it and save"
+    assert path.stem == "index" or any(
+        cell.outputs for cell in code), f"{path.name} has no saved outputs: run it and save"
 
 
 @by_name
@@ -182,8 +190,10 @@ def test_modules_and_notebooks_match():
 
 
 def test_readme_is_the_front_page(tmp_path):
-    run(tool("jupyter"), "nbconvert", "--config", ".ci/readme.py", "--log-level", "WARN", "--output-dir", tmp_path, "nbs/index.ipynb")
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "README.md and nbs/index.ipynb differ: make readme"
+    run(tool("jupyter"), "nbconvert", "--config", ".ci/readme.py", "--log-level", "WARN", "--output-dir", tmp_path,
+        "nbs/index.ipynb")
+    assert (tmp_path / "README.md").read_text() == (
+        ROOT / "README.md").read_text(), "README.md and nbs/index.ipynb differ: make readme"
 
 
 def test_readme_links_lead_somewhere():
@@ -196,7 +206,8 @@ def test_readme_links_lead_somewhere():
 
 
 def test_no_large_file():
-    result = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+        capture_output=True, text=True)
     if result.returncode:
         pytest.skip("not a git checkout")
     for name in filter(None, result.stdout.split("\0")):
@@ -215,10 +226,12 @@ def python(code):
 
 
 def test_modules_import_on_a_bare_machine():
-    """What training needs imports with torch, torchvision, timm, numpy and safetensors alone; the rest of the package without any notebook tool."""
+    """What training needs imports with torch, torchvision, timm, numpy and safetensors alone.
+
+    The rest of the package without any notebook tool."""
     code = """
 import importlib, sys
-tools = "nbdev fastcore execnb papermill jupyter jupyter_client jupyter_core IPython ipykernel ipywidgets nbformat pytest sam2 matplotlib".split()
+tools = "nbdev execnb papermill jupyter jupyter_client jupyter_core IPython ipykernel ipywidgets nbformat pytest sam2 matplotlib".split()
 extra = "cv2 pandas skimage scipy torchmetrics transformers peft".split()
 sys.modules.update(dict.fromkeys(tools + extra))  # None: importing it raises ModuleNotFoundError
 for room in ROOMS:

@@ -5,16 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from reinpp.files import BadFile
-from reinpp.data.sampling import fold
+from reinpp.adaptation.rein_a import Collapse, ReinA
 from reinpp.data.catalog import open_dataset
+from reinpp.data.sampling import fold
+from reinpp.data.transforms import TrainTransform, adv_style, pasta
+from reinpp.files import BadFile
 from reinpp.models.losses import normalized_score_loss
 from reinpp.models.mask2former import semantic_scores
-from reinpp.adaptation.rein_a import Collapse, ReinA
 from reinpp.models.segmenter import create_segmenter
 from reinpp.training.generalize import Generalize
 from reinpp.training.train import TrainingError, adapt_each, fit, learning_rate, parameter_groups
-from reinpp.data.transforms import TrainTransform, adv_style, pasta
 
 
 class Toy:
@@ -24,7 +24,8 @@ class Toy:
         torch.manual_seed(0)
         self.segmenter, self.explode_at, self.seen = nn.Linear(3, 1), explode_at, []
 
-    def sample(self, key, seed): return dict(x=torch.randn(3), key=torch.tensor(key))
+    def sample(self, key, seed):
+        return dict(x=torch.randn(3), key=torch.tensor(key))
 
     def step(self, batch, iteration):
         self.seen += batch["key"].tolist()
@@ -32,10 +33,14 @@ class Toy:
         loss.backward()
         return dict(total=loss.detach()) | (dict(late=torch.tensor(1.0)) if iteration >= 3 else {})
 
-    def after_step(self, iteration): pass
-    def named_trainables(self): return self.segmenter.named_parameters()
-    def state_dict(self): return {n: p.detach() for n, p in self.named_trainables()}
-    def load_state_dict(self, state): self.segmenter.load_state_dict(state)
+    def after_step(self, iteration):
+        pass
+    def named_trainables(self):
+        return self.segmenter.named_parameters()
+    def state_dict(self):
+        return {n: p.detach() for n, p in self.named_trainables()}
+    def load_state_dict(self, state):
+        self.segmenter.load_state_dict(state)
 
 
 def test_every_sample_once_and_terms_may_begin_late(tmp_path):
@@ -60,10 +65,12 @@ def test_a_bad_file_is_one_line_whoever_reads_it(workers, tmp_path):
     toy, draw = Toy(), Toy.sample
 
     def sample(key, seed):
-        if key == 3: raise BadFile("street.png is damaged: delete it", kind="other size")
+        if key == 3:
+            raise BadFile("street.png is damaged: delete it", kind="other size")
         return draw(toy, key, seed)
     toy.sample = sample
-    with pytest.raises(BadFile) as error: fit(toy, iterations=4, batch_size=2, run_dir=tmp_path, checkpoint_every=1, workers=workers, progress="none")
+    with pytest.raises(BadFile) as error:
+        fit(toy, iterations=4, batch_size=2, run_dir=tmp_path, checkpoint_every=1, workers=workers, progress="none")
     assert str(error.value) == "street.png is damaged: delete it" and error.value.kind == "other size"
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 1 and toy.seen == [0, 1]
 
@@ -77,7 +84,8 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path):
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     fit(Toy(), iterations=2, batch_size=1, run_dir=tmp_path, progress="none")
-    with pytest.raises(ValueError, match="lr was 0.0001, now 0.001"): fit(Toy(), iterations=2, batch_size=1, lr=1e-3, run_dir=tmp_path, progress="none")
+    with pytest.raises(ValueError, match="lr was 0.0001, now 0.001"):
+        fit(Toy(), iterations=2, batch_size=1, lr=1e-3, run_dir=tmp_path, progress="none")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -87,18 +95,23 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert toy.seen == [] and record["finished"]
 
 
-@pytest.mark.parametrize("wrong", [dict(iterations=0), dict(batch_size=0), dict(precision="half"), dict(progress="loud")])
+@pytest.mark.parametrize(
+"wrong", [dict(iterations=0), dict(batch_size=0), dict(precision="half"), dict(progress="loud")])
 def test_wrong_settings(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))): fit(Toy(), **dict(iterations=1, batch_size=1) | wrong)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        fit(Toy(), **dict(iterations=1, batch_size=1) | wrong)
 
 
 def test_what_decays_and_what_does_not():
     head = dict(hidden_dim=32, encoder_layers=1, decoder_layers=1, encoder_ffn=32, decoder_ffn=32, num_heads=4)
     segmenter = create_segmenter("tiny", "full", image_size=64, pretrained=False, head_args=head | dict(num_queries=10))
-    rein = create_segmenter("tiny", "rein_g", image_size=64, pretrained=False, adapter_args=dict(num_tokens=10, rank=4), head_args=head)
+    rein = create_segmenter("tiny", "rein_g", image_size=64, pretrained=False, adapter_args=dict(num_tokens=10, rank=4),
+        head_args=head)
     for model in (segmenter, rein):
         names = {id(p): n for n, p in model.named_parameters()}
-        decay = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in parameter_groups(((n, p) for n, p in model.named_parameters() if p.requires_grad), 1e-4, 1e-5, 0.05) for p in g["params"]}
+        decay = {names[id(p)]: (g["lr"], g["weight_decay"])
+            for g in parameter_groups(((n, p) for n, p in model.named_parameters() if p.requires_grad), 1e-4, 1e-5,
+            0.05) for p in g["params"]}
         assert len(decay) == sum(p.requires_grad for p in model.parameters())
         for module_name, module in model.named_modules():
             for n, p in module.named_parameters(recurse=False):
@@ -106,12 +119,14 @@ def test_what_decays_and_what_does_not():
                 if not p.requires_grad: continue
                 rate, weight_decay = decay[name]
                 assert rate == (1e-5 if name.startswith("backbone.") else 1e-4), name
-                special = isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or n in ("level_embed", "query_embed", "query_feat", "tokens_a", "tokens_b", "scale")
+                special = isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or n in ("level_embed", "query_embed",
+                    "query_feat", "tokens_a", "tokens_b", "scale")
                 assert weight_decay == (0.0 if special else 0.05), name
 
 
 def test_schedule():
-    assert learning_rate(0, 100) == 1 and learning_rate(50, 100) == pytest.approx(0.5 ** 0.9) and 0 < learning_rate(99, 100) < 0.02
+    assert learning_rate(0, 100) == 1 and learning_rate(50, 100) == pytest.approx(0.5 ** 0.9) and 0 < learning_rate(99,
+        100) < 0.02
     assert [learning_rate(i, 10**9, warmup=4) for i in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1e-6)
 
 
@@ -125,18 +140,22 @@ def small(adapter="rein_g", head="mask2former"):
     torch.manual_seed(0)
     linked = adapter == "rein_g" and head == "mask2former"
     head_args = HEAD | ({} if linked else dict(num_queries=10)) if head == "mask2former" else {}
-    return create_segmenter("tiny", adapter, head, image_size=64, pretrained=False, adapter_args=dict(num_tokens=10, rank=2) if adapter == "rein_g" else {}, head_args=head_args)
+    return create_segmenter("tiny", adapter, head, image_size=64, pretrained=False,
+        adapter_args=dict(num_tokens=10, rank=2) if adapter == "rein_g" else {}, head_args=head_args)
 
 
-def crops(): return TrainTransform(crop=64, base=64, min_class_pixels=12)
+def crops():
+    return TrainTransform(crop=64, base=64, min_class_pixels=12)
 
 
 @pytest.fixture(scope="module")
-def day(): return open_dataset("scenes", "train", count=4)
+def day():
+    return open_dataset("scenes", "train", count=4)
 
 
 @pytest.fixture(scope="module")
-def night(): return open_dataset("scenes", "night/train", count=4, labels=False)
+def night():
+    return open_dataset("scenes", "night/train", count=4, labels=False)
 
 
 def batch_of(objective):
@@ -147,7 +166,9 @@ def batch_of(objective):
     return torch.utils.data.default_collate(samples)
 
 
-def adapts(segmenter, day, night, **options): return ReinA(segmenter, day, night, crops(), **dict(rcs=False, tau=0.1, ema=0.9, mask_block=16, num_points=64) | options)
+def adapts(segmenter, day, night, **options):
+    return ReinA(segmenter, day, night, crops(), **dict(rcs=False, tau=0.1, ema=0.9, mask_block=16, num_points=64)
+        | options)
 
 
 # ---- pictures
@@ -160,8 +181,10 @@ def test_pictures_leave_the_run_as_it_is(day, night, tmp_path):
     fit(drawn, run_dir=tmp_path / "drawn", pictures_every=2, **GO)
     a, b = plain.state_dict(), drawn.state_dict()
     assert all(torch.equal(a[part][n], b[part][n]) for part in ("trained", "teacher") for n in a[part])
-    logs = [[{k: v for k, v in json.loads(l).items() if k != "seconds"} for l in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("plain", "drawn")]
-    assert logs[0] == logs[1] and {"q", "above_tau", "agreement", "share_road", "share_traffic_light", "mix"} <= logs[0][0].keys()
+    logs = [[{k: v for k, v in json.loads(l).items() if k != "seconds"}
+        for l in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("plain", "drawn")]
+    assert logs[0] == logs[1] and {"q", "above_tau", "agreement", "share_road", "share_traffic_light",
+        "mix"} <= logs[0][0].keys()
     assert sorted(f.name for f in (tmp_path / "drawn" / "views").iterdir()) == ["000000.png", "000002.png"]
     assert not (tmp_path / "plain" / "views").exists()
     assert (tmp_path / "drawn" / "views" / "000002.png").read_bytes().startswith(b"\x89PNG")
@@ -169,52 +192,68 @@ def test_pictures_leave_the_run_as_it_is(day, night, tmp_path):
 
 def test_pictures_need_a_place_and_a_painter(tmp_path):
     for run_dir in (None, tmp_path):
-        with pytest.raises(ValueError, match="pictures_every=1"): fit(Toy(), iterations=1, run_dir=run_dir, pictures_every=1, progress="none")
+        with pytest.raises(ValueError, match="pictures_every=1"):
+            fit(Toy(), iterations=1, run_dir=run_dir, pictures_every=1, progress="none")
 
 
 def test_collapse_leaves_the_last_good_checkpoint(day, night, tmp_path):
-    "Sure of nothing for two iterations: the run ends with a line that says what to try, and what was saved before is whole."
+    """Sure of nothing for two iterations.
+
+    The run ends with a line that says what to try, and what was saved before is whole."""
     fit(adapts(small(), day, night, tau=1.1, patience=3), run_dir=tmp_path, checkpoint_every=1, stop_at=2, **GO)
     good = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(Collapse, match="lower tau"): fit(adapts(small(), day, night, tau=1.1, patience=3), run_dir=tmp_path, checkpoint_every=1, **GO)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == good and torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 2
-    assert fit(adapts(small(), day, night, tau=0.05, patience=30), run_dir=tmp_path, checkpoint_every=1, **GO)["finished"]    # goes on once tau is lower
+    with pytest.raises(Collapse, match="lower tau"):
+        fit(adapts(small(), day, night, tau=1.1, patience=3), run_dir=tmp_path, checkpoint_every=1, **GO)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good and torch.load(tmp_path / "checkpoint.pt",
+        weights_only=True)["iteration"] == 2
+    # goes on once tau is lower
+    assert fit(adapts(small(), day, night, tau=0.05, patience=30), run_dir=tmp_path, checkpoint_every=1,
+        **GO)["finished"]
 
 
 # ---- PASTA, AdvStyle, averaged weights
 
-@pytest.mark.parametrize("adapter, head", [("freeze", "mask2former"), ("full", "mask2former"), ("freeze", "semantic_fpn")])
+@pytest.mark.parametrize(
+"adapter, head", [("freeze", "mask2former"), ("full", "mask2former"), ("freeze", "semantic_fpn")])
 @pytest.mark.parametrize("augment", ["pasta", "advstyle"])
 def test_augmentations_train_every_parameter(augment, adapter, head, day, monkeypatch):
     objective = Generalize(small(adapter, head), day, crops(), num_points=64, augment=augment)
     batch, seen = batch_of(objective), []
     real = objective.segmenter.forward
-    monkeypatch.setattr(objective.segmenter, "forward", lambda images: seen.append(images.detach().clone()) or real(images))
+    monkeypatch.setattr(objective.segmenter, "forward", lambda images: seen.append(images.detach().clone())
+        or real(images))
     torch.manual_seed(3)
     terms = objective.step(batch, 0)
-    assert torch.isfinite(terms["total"]) and all(p.grad is not None for n, p in objective.named_trainables() if not n.startswith("backbone."))
+    assert torch.isfinite(terms["total"]) and all(p.grad is not None for n, p in objective.named_trainables()
+        if not n.startswith("backbone."))
     torch.manual_seed(3)
     if augment == "pasta":
         (trained_on,) = seen
         assert torch.equal(trained_on, pasta(batch["image"])) and not torch.equal(trained_on, batch["image"])
     else:
         searched, trained_on = seen
-        assert torch.allclose(searched, batch["image"], atol=1e-4) and torch.equal(trained_on[:2], batch["image"]) and not torch.allclose(trained_on[2:], searched, atol=1e-6)
+        assert torch.allclose(searched, batch["image"], atol=1e-4) and torch.equal(trained_on[:2],
+            batch["image"]) and not torch.allclose(trained_on[2:], searched, atol=1e-6)
 
 
 def test_advstyle_climbs_the_right_loss(day):
-    "With masks: the normalised scores' loss; the style it finds is worse, and the same as called by hand. The search leaves no gradient behind."
+    """With masks: the normalised scores' loss; the style it finds is worse, and the same as called by hand.
+
+    The search leaves no gradient behind."""
     objective = Generalize(small("freeze"), day, crops(), num_points=64, augment="advstyle")
     segmenter, batch = objective.segmenter, batch_of(objective)
 
     def loss(images):
         out = segmenter(images)
-        return normalized_score_loss(semantic_scores(out.class_logits[-1], out.mask_logits[-1]), batch["label"], torch.ones(batch["label"].shape))
+        return normalized_score_loss(semantic_scores(out.class_logits[-1], out.mask_logits[-1]), batch["label"],
+            torch.ones(batch["label"].shape))
 
     images, labels = objective._augmented(batch["image"], batch["label"])
     assert all(p.grad is None for p in segmenter.parameters())
-    assert torch.equal(labels, torch.cat([batch["label"]] * 2)) and torch.allclose(images[2:], adv_style(batch["image"], loss, std=segmenter.std.flatten().tolist()), atol=1e-5)
-    with torch.no_grad(): assert loss(images[2:]) > loss(images[:2])
+    assert torch.equal(labels, torch.cat([batch["label"]] * 2)) and torch.allclose(images[2:],
+        adv_style(batch["image"], loss, std=segmenter.std.flatten().tolist()), atol=1e-5)
+    with torch.no_grad():
+        assert loss(images[2:]) > loss(images[:2])
 
 
 def test_without_augmentation_the_batch_is_the_batch(day):
@@ -225,8 +264,10 @@ def test_without_augmentation_the_batch_is_the_batch(day):
 
 
 def test_averaged_weights(day, tmp_path):
-    "They do not disturb training, follow as Rein-A's teacher does, are evaluated in a context, and come back from a checkpoint."
-    plain, averaged = Generalize(small(), day, crops(), num_points=64), Generalize(small(), day, crops(), num_points=64, ema=0.5)
+    """They do not disturb training, follow as Rein-A's teacher does, are evaluated in a context, and come back from a
+    checkpoint."""
+    plain, averaged = Generalize(small(), day, crops(), num_points=64), Generalize(small(), day, crops(), num_points=64,
+        ema=0.5)
     start = averaged.teacher["adapter.scale"].clone()
     fit(plain, **GO)
     fit(averaged, run_dir=tmp_path, stop_at=2, **GO)
@@ -239,15 +280,19 @@ def test_averaged_weights(day, tmp_path):
     fit(straight, **GO)
     assert all(torch.equal(straight.teacher[n], t) for n, t in resumed.teacher.items())
     scale = own["adapter.scale"].item()
-    with resumed.teacher_weights() as segmenter: assert segmenter.adapter.scale.item() == resumed.teacher["adapter.scale"].item() != scale
+    with resumed.teacher_weights() as segmenter:
+        assert segmenter.adapter.scale.item() == resumed.teacher["adapter.scale"].item() != scale
     assert resumed.segmenter.adapter.scale.item() == scale
-    with pytest.raises(ValueError, match="choice of ema"): fit(Generalize(small(), day, crops(), num_points=64), run_dir=tmp_path, **GO)
-    with pytest.raises(ValueError, match="no averaged weights"): plain.teacher_weights()
+    with pytest.raises(ValueError, match="choice of ema"):
+        fit(Generalize(small(), day, crops(), num_points=64), run_dir=tmp_path, **GO)
+    with pytest.raises(ValueError, match="no averaged weights"):
+        plain.teacher_weights()
 
 
 @pytest.mark.parametrize("wrong", [dict(augment="advstyl"), dict(ema=1.0)])
 def test_wrong_options_of_generalize(wrong, day):
-    with pytest.raises(ValueError, match=next(iter(wrong))): Generalize(small(), day, crops(), **wrong)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Generalize(small(), day, crops(), **wrong)
 
 
 # ---- several targets
@@ -257,17 +302,24 @@ def test_adapt_each_starts_each_from_the_same_weights(day, night, tmp_path):
     start = {n: t.clone() for n, t in segmenter.state_dict().items()}
     backbone = [p.data_ptr() for p in segmenter.backbone.parameters()]
     go = GO | dict(iterations=2)
-    made = adapt_each(segmenter, dict(first=night, second=night), lambda s, target: adapts(s, day, target), tmp_path, **go)
-    assert all(torch.equal(start[n], t) for n, t in segmenter.state_dict().items()) and backbone == [p.data_ptr() for p in segmenter.backbone.parameters()]
-    a, b = ({n: t.clone() for n, t in segmenter.load_adapter(folder).trained_state().items()} for folder in made.values())
-    assert all(torch.equal(a[n], b[n]) for n in a) and not torch.equal(a["adapter.scale"], start["adapter.scale"])    # the same target twice: nothing of the first in the second
+    made = adapt_each(segmenter, dict(first=night, second=night), lambda s, target: adapts(s, day, target), tmp_path,
+        **go)
+    assert all(torch.equal(start[n], t) for n, t in segmenter.state_dict().items()) and backbone == [p.data_ptr()
+        for p in segmenter.backbone.parameters()]
+    a, b = ({n: t.clone() for n, t in segmenter.load_adapter(folder).trained_state().items()}
+        for folder in made.values())
+    # the same target twice: nothing of the first in the second
+    assert all(torch.equal(a[n], b[n]) for n in a) and not torch.equal(a["adapter.scale"], start["adapter.scale"])
     segmenter.load_state_dict(start)
-    again = adapt_each(segmenter, dict(first=night), lambda s, target: adapts(s, day, target), tmp_path, **go)    # finished: nothing is trained, the same comes out
+    # finished: nothing is trained, the same comes out
+    again = adapt_each(segmenter, dict(first=night), lambda s, target: adapts(s, day, target), tmp_path, **go)
     assert all(torch.equal(t, a[n]) for n, t in segmenter.load_adapter(again["first"]).trained_state().items())
 
 
 def test_adapt_each_gives_the_start_back_after_an_error(day, night, tmp_path):
     segmenter = small()
     scale = segmenter.adapter.scale.item()
-    with pytest.raises(Collapse): adapt_each(segmenter, dict(one=night), lambda s, target: adapts(s, day, target, tau=1.1, patience=3), tmp_path, **GO)
+    with pytest.raises(Collapse):
+        adapt_each(segmenter, dict(one=night), lambda s, target: adapts(s, day, target, tau=1.1, patience=3), tmp_path,
+            **GO)
     assert segmenter.adapter.scale.item() == scale

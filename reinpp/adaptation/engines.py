@@ -14,17 +14,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .masks import _select, boxes_of, coverage, Proposals
+from .masks import Proposals, _select, boxes_of, coverage
 from .sam import package_version, sam1, sam2
 
 # %% ../../nbs/42_engines.ipynb #75cd1c1c
 def instances(
-    dataset,    # one that knows its instances: the embedded scenes
-    index: int,    # which image
-    reduction: int = 4,    # pixels along the side of a cell
-    limit: int = 400,    # at most so many masks, the largest
+    dataset,  # one that knows its instances: the embedded scenes
+    index: int,  # which image
+    reduction: int = 4,  # pixels along the side of a cell
+    limit: int = 400,  # at most so many masks, the largest
 ) -> Proposals:
-    "The generator's own objects as proposals: what a perfect segmenter would give. Raises the dataset's ValueError if it has no instance maps."
+    """The generator's own objects as proposals: what a perfect segmenter would give.
+
+    Raises the dataset's ValueError if it has no instance maps."""
     values = dataset.instances(index).numpy()
     _, ids = np.unique(values, return_inverse=True)
     ids = ids.reshape(values.shape)
@@ -34,10 +36,12 @@ def instances(
 
 # %% ../../nbs/42_engines.ipynb #15ce445c
 def merge_tree(
-    ids: np.ndarray,    # (H, W) integers in 0 .. n - 1: the finest partition
-    features: np.ndarray,    # (H, W, F) float: what should be alike inside a region
+    ids: np.ndarray,  # (H, W) integers in 0 .. n - 1: the finest partition
+    features: np.ndarray,  # (H, W, F) float: what should be alike inside a region
 ) -> tuple:
-    "Merge neighbours, cheapest first: (children (M, 2) where merge k makes region n + k, cost (M,) made monotone). M is n - 1 for a connected image."
+    """Merge neighbours, cheapest first: (children (M, 2) where merge k makes region n + k, cost (M,) made monotone).
+
+    M is n - 1 for a connected image."""
     import heapq
     n = int(ids.max()) + 1
     flat = ids.ravel()
@@ -49,7 +53,7 @@ def merge_tree(
     b = np.concatenate([ids[:, 1:].ravel(), ids[1:].ravel()])
     low, high = np.minimum(a, b)[a != b], np.maximum(a, b)[a != b]
     pairs, shared = np.unique(low.astype(np.int64) * n + high, return_counts=True)
-    border = [{} for _ in range(2 * n)]    # border[i][j] = length of the border between i and j
+    border = [{} for _ in range(2 * n)]  # border[i][j] = length of the border between i and j
     length = [0] * (2 * n)
     for pair, count in zip(pairs.tolist(), shared.tolist()):
         i, j = divmod(pair, n)
@@ -88,31 +92,34 @@ def merge_tree(
 
 
 def classical(
-    dataset,    # any dataset: only the image is used
-    index: int,    # which image
-    reduction: int = 4,    # pixels along the side of a cell
-    limit: int = 400,    # at most so many masks, the best
-    long_edge: int = 256,    # the image is segmented at this size: fast, and blind to grain
-    scale: float = 60.0,    # Felzenszwalb's scale: larger gives fewer, larger pieces to start from
-    min_size: int = 20,    # smallest piece in pixels of the reduced image
+    dataset,  # any dataset: only the image is used
+    index: int,  # which image
+    reduction: int = 4,  # pixels along the side of a cell
+    limit: int = 400,  # at most so many masks, the best
+    long_edge: int = 256,  # the image is segmented at this size: fast, and blind to grain
+    scale: float = 60.0,  # Felzenszwalb's scale: larger gives fewer, larger pieces to start from
+    min_size: int = 20,  # smallest piece in pixels of the reduced image
 ) -> Proposals:
-    "A nested pool of regions by bottom-up merging (Felzenszwalb and Huttenlocher 2004, then a merge tree): needs no weights. Needs scikit-image."
+    """A nested pool of regions by bottom-up merging (Felzenszwalb and Huttenlocher 2004, then a merge tree).
+
+    Needs no weights. Needs scikit-image."""
     from skimage.color import rgb2lab
     from skimage.segmentation import felzenszwalb
-    image = dataset.read_image(index).as_subclass(torch.Tensor)    # the label is not read
+    image = dataset.read_image(index).as_subclass(torch.Tensor)  # the label is not read
     height, width = image.shape[-2:]
     shrink = min(1.0, long_edge / max(height, width))
     small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
     if small != (height, width):
-        image = F.interpolate(image[None].float(), small, mode="bilinear", antialias=True)[0].round().clamp(0, 255).to(torch.uint8)
+        image = F.interpolate(image[None].float(), small, mode="bilinear", antialias=True)[0].round().clamp(0,
+            255).to(torch.uint8)
     image = image.permute(1, 2, 0).contiguous().numpy()
     ids = felzenszwalb(image, scale=scale, sigma=0.5, min_size=min_size)
     n = int(ids.max()) + 1
     children, cost = merge_tree(ids, rgb2lab(image) * np.array([1.0, 2.0, 2.0]))
 
-    rows = (np.arange(height) * small[0] // height)[:, None]    # nearest: every pixel keeps exactly one region
+    rows = (np.arange(height) * small[0] // height)[:, None]  # nearest: every pixel keeps exactly one region
     full = ids[rows, np.arange(width) * small[1] // width]
-    nodes = n + len(children)    # with room for what is merged
+    nodes = n + len(children)  # with room for what is merged
     counts, total = coverage(full, nodes, reduction)
     boxes, area = boxes_of(full, nodes), np.bincount(full.ravel(), minlength=nodes).astype(float)
     born, died = np.concatenate([np.zeros(n), cost]), np.full(nodes, np.inf)
@@ -123,21 +130,21 @@ def classical(
         area[node] = area[i] + area[j]
         boxes[node] = (*np.minimum(boxes[i, :2], boxes[j, :2]), *np.maximum(boxes[i, 2:], boxes[j, 2:]))
         died[i] = died[j] = cost[k]
-        twin[[i, j]] = area[[i, j]] > 0.95 * area[node]    # the child that is nearly its parent says nothing new
+        twin[[i, j]] = area[[i, j]] > 0.95 * area[node]  # the child that is nearly its parent says nothing new
     score = np.where(np.isinf(died), 0.0, 1 - born / np.maximum(died, 1e-12))
     keep = np.flatnonzero(~twin)
     masks = np.stack([counts[node] * 2 >= total for node in keep])
     return _select(masks, score[keep], boxes[keep], (height, width), reduction, limit)
 
 
-classical.package = "scikit-image"    # whose version goes into a store's manifest
+classical.package = "scikit-image"  # whose version goes into a store's manifest
 
 # %% ../../nbs/42_engines.ipynb #a17774f1
 ENGINES = {"instances": instances, "classical": classical, "sam2": sam2, "sam1": sam1}
 
 
 def find_engine(
-    engine,    # a key of `ENGINES`, or a function like them
+    engine,  # a key of `ENGINES`, or a function like them
 ):
     "The engine's function. Raises ValueError for an unknown name."
     if callable(engine):
@@ -148,25 +155,33 @@ def find_engine(
 
 
 def engine_options(
-    engine,    # a key of `ENGINES`, or a function like them
-    **options,    # those that differ from the defaults
+    engine,  # a key of `ENGINES`, or a function like them
+    **options,  # those that differ from the defaults
 ) -> dict:
-    "All options that decide about an engine's masks, defaults filled in. Raises ValueError for one that the engine does not have."
+    """All options that decide about an engine's masks, defaults filled in.
+
+    Raises ValueError for one that the engine does not have."""
     function = find_engine(engine)
-    parameters = list(inspect.signature(function).parameters.values())[2:]    # after dataset and index
-    known = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in ("reduction", "limit")}
-    unknown = [] if any(p.kind is p.VAR_KEYWORD for p in parameters) else [name for name in options if name not in known]
+    parameters = list(inspect.signature(function).parameters.values())[2:]  # after dataset and index
+    known = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD
+        and p.name not in ("reduction", "limit")}
+    unknown = [] if any(p.kind is p.VAR_KEYWORD for p in parameters) else [name for name in options
+        if name not in known]
     if unknown:
-        raise ValueError(f"engine {function.__name__!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"engine {function.__name__!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     chosen = {name: value for name, value in known.items() if value is not inspect.Parameter.empty} | options
-    return {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items() if name not in getattr(function, "without_effect", ())}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()
+        if name not in getattr(function, "without_effect", ())}
 
 
 def engine_settings(
-    engine,    # a key of `ENGINES`, or a function like them
-    **options,    # those that differ from the defaults
+    engine,  # a key of `ENGINES`, or a function like them
+    **options,  # those that differ from the defaults
 ) -> dict:
-    "`engine`, `options`, `package` (name and version) and `checkpoint` (name and hash): equal settings give equal masks. Raises ValueError, ImportError, FileNotFoundError as the engine would."
+    """`engine`, `options`, `package` (name and version) and `checkpoint` (name and hash).
+
+    Equal settings give equal masks. Raises ValueError, ImportError, FileNotFoundError as the engine would."""
     function = find_engine(engine)
     settings = dict(engine=function.__name__, options=engine_options(engine, **options), package=None, checkpoint=None)
     if hasattr(function, "package"):

@@ -14,13 +14,18 @@ import torch.nn.functional as F
 
 # %% ../../nbs/40_masks.ipynb #71d99301
 class Proposals(NamedTuple):
-    "Class-agnostic masks of one image. Row and column `i` of the grid hold the pixels `reduction * i : reduction * (i + 1)`; the last cells may be cut by the border."
-    bits: torch.Tensor    # (P, h, ceil(w / 8)) uint8, largest first: h, w = ceil(H / reduction), ceil(W / reduction); first cell in the highest bit
-    scores: torch.Tensor    # (P,) float32 in [0, 1]: the engine's own idea of how good each one is
-    boxes: torch.Tensor    # (P, 4) float32: left, top, right, bottom in pixels of the image, ends exclusive
-    image_size: tuple    # (H, W) in pixels
-    reduction: int    # pixels of the image along the side of a cell
-    name: str = ""    # the image's name in its dataset
+    """Class-agnostic masks of one image.
+
+    Row and column `i` of the grid hold the pixels `reduction * i : reduction * (i + 1)`; the last cells may be cut by
+    the border."""
+    # (P, h, ceil(w / 8)) uint8, largest first: h, w = ceil(H / reduction), ceil(W / reduction); first cell in the
+    # highest bit
+    bits: torch.Tensor
+    scores: torch.Tensor  # (P,) float32 in [0, 1]: the engine's own idea of how good each one is
+    boxes: torch.Tensor  # (P, 4) float32: left, top, right, bottom in pixels of the image, ends exclusive
+    image_size: tuple  # (H, W) in pixels
+    reduction: int  # pixels of the image along the side of a cell
+    name: str = ""  # the image's name in its dataset
 
     @property
     def masks(self) -> torch.Tensor:
@@ -29,15 +34,15 @@ class Proposals(NamedTuple):
 
 
 def pack(
-    masks: torch.Tensor,    # (..., w) bool, on the CPU
+    masks: torch.Tensor,  # (..., w) bool, on the CPU
 ) -> torch.Tensor:
     "Masks as bits: (..., ceil(w / 8)) uint8, first cell in the highest bit; every row starts a byte."
     return torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
 
 
 def unpack(
-    bits: torch.Tensor,    # (..., ceil(w / 8)) uint8, on any device
-    width: int,    # w
+    bits: torch.Tensor,  # (..., ceil(w / 8)) uint8, on any device
+    width: int,  # w
 ) -> torch.Tensor:
     "The inverse of `pack`: (..., w) bool."
     if bits.device.type == "cpu":
@@ -47,31 +52,33 @@ def unpack(
 
 
 def grid_size(
-    image_size: tuple,    # (H, W) in pixels
-    reduction: int,    # pixels along the side of a cell
+    image_size: tuple,  # (H, W) in pixels
+    reduction: int,  # pixels along the side of a cell
 ) -> tuple:
     "Height and width of the grid that stores an image's masks: rounded up."
     return -(-image_size[0] // reduction), -(-image_size[1] // reduction)
 
 
 def coverage(
-    ids: np.ndarray,    # (H, W) integers in 0 .. n - 1: a partition of the image
-    n: int,    # number of regions
-    reduction: int,    # pixels along the side of a cell
+    ids: np.ndarray,  # (H, W) integers in 0 .. n - 1: a partition of the image
+    n: int,  # number of regions
+    reduction: int,  # pixels along the side of a cell
 ) -> tuple:
-    "How many pixels of every cell belong to every region: counts (n, h, w) uint16, and the pixels of each cell (h, w) uint16."
+    """How many pixels of every cell belong to every region.
+
+    Counts (n, h, w) uint16, and the pixels of each cell (h, w) uint16."""
     counts = np.zeros((n, *grid_size(ids.shape, reduction)), np.uint16)
     for top in range(min(reduction, len(ids))):
         for left in range(min(reduction, ids.shape[1])):
-            part = ids[top::reduction, left::reduction]    # one pixel of each cell: no place below occurs twice
+            part = ids[top::reduction, left::reduction]  # one pixel of each cell: no place below occurs twice
             y, x = np.ogrid[:part.shape[0], :part.shape[1]]
             counts[part, y, x] += 1
     return counts, cell_size(ids.shape, reduction)
 
 
 def cell_size(
-    image_size: tuple,    # (H, W) in pixels
-    reduction: int,    # pixels along the side of a cell
+    image_size: tuple,  # (H, W) in pixels
+    reduction: int,  # pixels along the side of a cell
 ) -> np.ndarray:
     "Pixels in each cell (h, w) uint16: `reduction` squared, fewer at the right and lower border."
     down, across = (np.minimum(reduction, size - np.arange(0, size, reduction)) for size in image_size)
@@ -79,10 +86,12 @@ def cell_size(
 
 
 def boxes_of(
-    ids: np.ndarray,    # (H, W) integers in 0 .. n - 1
-    n: int,    # number of regions
+    ids: np.ndarray,  # (H, W) integers in 0 .. n - 1
+    n: int,  # number of regions
 ) -> np.ndarray:
-    "Bounding boxes (n, 4) float32 of a partition's regions: left, top, right, bottom in pixels, ends exclusive. An absent region has a box of size 0."
+    """Bounding boxes (n, 4) float32 of a partition's regions: left, top, right, bottom in pixels, ends exclusive.
+
+    An absent region has a box of size 0."""
     boxes = np.zeros((n, 4), np.float32)
     for axis, size in ((0, ids.shape[0]), (1, ids.shape[1])):
         present = np.zeros((n, size), bool)
@@ -106,36 +115,46 @@ def _select(masks, scores, boxes, image_size, reduction, limit, by_area=False):
 
 # %% ../../nbs/40_masks.ipynb #567b3d4c
 def warp(
-    proposals: Proposals,    # stored masks of the whole image
-    geometry,    # the crop's `transforms.Geometry`: size, top, left, crop, flip
-    stride: int = 4,    # pixels of the crop along the side of a cell of the result
+    proposals: Proposals,  # stored masks of the whole image
+    geometry,  # the crop's `transforms.Geometry`: size, top, left, crop, flip
+    stride: int = 4,  # pixels of the crop along the side of a cell of the result
 ) -> torch.Tensor:
-    "Masks as the crop sees them: (P', crop height / stride, crop width / stride) bool. Masks that do not reach into the crop are left out; padding belongs to none."
+    """Masks as the crop sees them: (P', crop height / stride, crop width / stride) bool.
+
+    Masks that do not reach into the crop are left out; padding belongs to none."""
     (height, width), reduction = proposals.image_size, proposals.reduction
     h, w = grid_size(proposals.image_size, reduction)
-    y0, y1, y_part, inside_y = _source(geometry.crop[0], geometry.inside[0], geometry.top, height / geometry.size[0], h, reduction, stride, False)
-    x0, x1, x_part, inside_x = _source(geometry.crop[1], geometry.inside[1], geometry.left, width / geometry.size[1], w, reduction, stride, geometry.flip)
+    y0, y1, y_part, inside_y = _source(geometry.crop[0], geometry.inside[0], geometry.top, height / geometry.size[0], h,
+        reduction, stride, False)
+    x0, x1, x_part, inside_x = _source(geometry.crop[1], geometry.inside[1], geometry.left, width / geometry.size[1], w,
+        reduction, stride, geometry.flip)
     box = proposals.boxes.numpy() / reduction
-    reach = (box[:, 3] > y0.min() - 1) & (box[:, 1] < y1.max() + 2) & (box[:, 2] > x0.min() - 1) & (box[:, 0] < x1.max() + 2)
-    top, left = y0.min(), x0.min() // 8    # only this part of the grid is unpacked
+    reach = (box[:, 3] > y0.min() - 1) & (box[:, 1] < y1.max() + 2) & (box[:, 2] > x0.min() - 1) & (box[:, 0] < x1.max()
+        + 2)
+    top, left = y0.min(), x0.min() // 8  # only this part of the grid is unpacked
     part = proposals.bits.numpy()[reach, top:y1.max() + 1, left:x1.max() // 8 + 1]
     part = np.unpackbits(part, axis=-1)
     part = np.take(part, y0 - top, 1) * (16 - y_part)[:, None] + np.take(part, y1 - top, 1) * y_part[:, None]
-    part = np.take(part, x0 - 8 * left, 2).astype(np.uint16) * (16 - x_part) + np.take(part, x1 - 8 * left, 2).astype(np.uint16) * x_part
+    part = np.take(part, x0 - 8 * left, 2).astype(np.uint16) * (16 - x_part) + np.take(part, x1 - 8 * left,
+        2).astype(np.uint16) * x_part
     part *= inside_y[:, None] & inside_x
-    down, across = len(y0) * stride // geometry.crop[0], len(x0) * stride // geometry.crop[1]    # points per cell of the result
+    # points per cell of the result
+    down, across = len(y0) * stride // geometry.crop[0], len(x0) * stride // geometry.crop[1]
     part = sum(part[:, i::down, j::across].astype(np.uint32) for i in range(down) for j in range(across))
     inside = part >= 128 * down * across
     return torch.from_numpy(inside[inside.any((1, 2))])
 
 
 def _source(crop, shown, start, shrink, cells, reduction, stride, flip):
-    """Where the points of a crop come from, along one axis: (stored cell before, cell after, sixteenths of the cell after, is the point in the image).
+    """Where the points of a crop come from, along one axis.
 
-    `shown` of the crop's pixels are image, the rest is padding; `shrink` is the stored image's size over the resized image's."""
+    (stored cell before, cell after, sixteenths of the cell after, is the point in the image).
+
+    `shown` of the crop's pixels are image, the rest is padding; `shrink` is the stored image's size over the resized
+    image's."""
     if crop % stride:
         raise ValueError(f"a crop of {crop} pixels has no grid of stride {stride}: use a multiple of {stride}")
-    points = max(1, round(stride / reduction * shrink))    # along a cell of the result: as many as it has stored cells
+    points = max(1, round(stride / reduction * shrink))  # along a cell of the result: as many as it has stored cells
     position = (np.arange(crop // stride * points) + 0.5) * stride / points
     inside = position < shown
     if flip:
@@ -146,12 +165,14 @@ def _source(crop, shown, start, shrink, cells, reduction, stride, flip):
 
 # %% ../../nbs/40_masks.ipynb #33057beb
 def compose(
-    source_masks: torch.Tensor,    # (..., P, h, w) bool: proposals of the source crop
-    target_masks: torch.Tensor,    # (..., R, h, w) bool: proposals of the target crop
-    pasted: torch.Tensor,    # (..., H, W) bool: True where the mixed image shows the source
-    crumb: int = 4,    # a mask that the cut leaves with fewer cells than this is dropped
+    source_masks: torch.Tensor,  # (..., P, h, w) bool: proposals of the source crop
+    target_masks: torch.Tensor,  # (..., R, h, w) bool: proposals of the target crop
+    pasted: torch.Tensor,  # (..., H, W) bool: True where the mixed image shows the source
+    crumb: int = 4,  # a mask that the cut leaves with fewer cells than this is dropped
 ) -> torch.Tensor:
-    "Proposals of a class-mixed image: (..., P + R, h, w) bool; dropped masks are empty. A cell counts as pasted if half of its pixels are."
+    """Proposals of a class-mixed image: (..., P + R, h, w) bool; dropped masks are empty.
+
+    A cell counts as pasted if half of its pixels are."""
     grid = source_masks.shape[-2:]
     flat = pasted.reshape(-1, 1, *pasted.shape[-2:]).float()
     region = (F.adaptive_avg_pool2d(flat, grid) >= 0.5).reshape(*pasted.shape[:-2], 1, *grid)
@@ -162,10 +183,12 @@ def compose(
 
 
 def pad(
-    masks: torch.Tensor,    # (..., P, h, w) bool
-    limit: int = 100,    # number of masks to return
+    masks: torch.Tensor,  # (..., P, h, w) bool
+    limit: int = 100,  # number of masks to return
 ) -> tuple:
-    "The `limit` largest masks (..., limit, h, w), filled up with empty ones, and the key mask (..., limit): True = not a proposal."
+    """The `limit` largest masks (..., limit, h, w), filled up with empty ones, and the key mask (..., limit).
+
+    True = not a proposal."""
     count = masks.shape[-3]
     if count < limit:
         masks = F.pad(masks, (0, 0, 0, 0, 0, limit - count))

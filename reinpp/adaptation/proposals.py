@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .engines import engine_options, engine_settings, ENGINES, find_engine
+from .engines import ENGINES, engine_options, engine_settings, find_engine
 from .masks import Proposals
 from ..data.catalog import open_dataset
 from ..files import data_folder, write_atomically
@@ -26,37 +26,45 @@ FORMAT = "reinpp-proposals-2"
 
 
 def write_proposals(
-    path,    # file to write; its folder exists
-    proposals: Proposals,    # one image's masks
-    engine: str,    # name of the engine that made them
-    key: str = "",    # of the store's settings, see `make_proposals`
+    path,  # file to write; its folder exists
+    proposals: Proposals,  # one image's masks
+    engine: str,  # name of the engine that made them
+    key: str = "",  # of the store's settings, see `make_proposals`
 ) -> int:
-    "Store one image's proposals: a safetensors file with masks as bits, written beside and moved into place. Returns its bytes."
+    """Store one image's proposals: a safetensors file with masks as bits, written beside and moved into place.
+
+    Returns its bytes."""
     from safetensors.torch import save
     header = dict(format=FORMAT, engine=engine, key=key, name=proposals.name, reduction=str(proposals.reduction),
                   height=str(proposals.image_size[0]), width=str(proposals.image_size[1]))
-    data = save(dict(bits=proposals.bits.contiguous(), scores=proposals.scores.contiguous(), boxes=proposals.boxes.contiguous()), metadata=header)
+    data = save(dict(bits=proposals.bits.contiguous(), scores=proposals.scores.contiguous(),
+        boxes=proposals.boxes.contiguous()), metadata=header)
     write_atomically(Path(path), data)
     return len(data)
 
 
 def read_proposals(
-    path,    # file written by `write_proposals`
-    engine: str | None = None,    # refuse a file that another engine made
-    key: str | None = None,    # refuse a file that was made with other settings
+    path,  # file written by `write_proposals`
+    engine: str | None = None,  # refuse a file that another engine made
+    key: str | None = None,  # refuse a file that was made with other settings
 ) -> Proposals:
-    "Read one image's proposals. Raises FileNotFoundError, or ValueError, each naming the file, if it is missing, or truncated, of another format, engine or settings."
+    """Read one image's proposals.
+
+    Raises FileNotFoundError, or ValueError, each naming the file, if it is missing, or truncated, of another format,
+    engine or settings."""
     header, tensors = _open(path, engine, key, lambda file, name: file.get_tensor(name))
     image_size, reduction = (int(header["height"]), int(header["width"])), int(header["reduction"])
     return Proposals(tensors["bits"], tensors["scores"], tensors["boxes"], image_size, reduction, header["name"])
 
 
 def check_proposals(
-    path,    # file written by `write_proposals`
-    engine: str | None = None,    # as in `read_proposals`
-    key: str | None = None,    # as in `read_proposals`
+    path,  # file written by `write_proposals`
+    engine: str | None = None,  # as in `read_proposals`
+    key: str | None = None,  # as in `read_proposals`
 ) -> str:
-    "The name of the image that a file is about; its masks are not read, so this is quick. Raises as `read_proposals` does."
+    """The name of the image that a file is about; its masks are not read, so this is quick.
+
+    Raises as `read_proposals` does."""
     return _open(path, engine, key, lambda file, name: file.get_slice(name).get_shape())[0]["name"]
 
 
@@ -66,7 +74,7 @@ def _open(path, engine, key, get):
     if not path.exists():
         raise FileNotFoundError(f"no proposals at {path}: run make_proposals for this dataset first")
     try:
-        with safe_open(path, "pt") as file:    # checks that the file is as long as its header says
+        with safe_open(path, "pt") as file:  # checks that the file is as long as its header says
             header = file.metadata() or {}
             tensors = {name: get(file, name) for name in file.keys()}
     except Exception as error:
@@ -81,26 +89,37 @@ def _open(path, engine, key, get):
 
 # %% ../../nbs/43_proposals.ipynb #a78dbe52
 class ProposalStore:
-    "Proposals of a dataset by image index: a folder made by `make_proposals`, or, without a folder, computed when first asked for and kept in memory as bits."
+    """Proposals of a dataset by image index.
+
+    A folder made by `make_proposals`, or, without a folder, computed when first asked for and kept in memory as bits.
+    """
 
     def __init__(
         self,
-        root=None,    # folder with proposals; None: keep them in memory
-        dataset=None,    # without a folder: the dataset to compute from; with one: it must be the one that the folder is about
-        engine=None,    # without a folder: a key of `ENGINES` or a function like them (None: classical); with one: must be the one that made it
-        reduction: int | None = None,    # without a folder: pixels along the side of a cell (None: 4; small images: 2); with one: must agree
-        **options,    # without a folder: options of the engine; with one, and an engine: must agree
+        root=None,  # folder with proposals; None: keep them in memory
+        # without a folder: the dataset to compute from; with one: it must be the one that the folder is about
+        dataset=None,
+        # without a folder: a key of `ENGINES` or a function like them (None: classical); with one: must be the one that
+        # made it
+        engine=None,
+        # without a folder: pixels along the side of a cell (None: 4; small images: 2); with one: must agree
+        reduction: int | None = None,
+        **options,  # without a folder: options of the engine; with one, and an engine: must agree
     ):
         self.root, self.dataset, self.memory = (None if root is None else Path(root)), dataset, {}
         if self.root is None:
             if dataset is None:
                 raise ValueError("ProposalStore needs a folder of proposals, or a dataset to compute them from")
-            self.engine, self.reduction, self.options, self.length = find_engine(engine or "classical"), reduction or 4, options, len(dataset)
-            engine_options(self.engine, **{name: value for name, value in options.items() if name != "limit"})    # an unknown one is refused now
+            self.engine, self.reduction, self.options, self.length = find_engine(engine
+                or "classical"), reduction or 4, options, len(dataset)
+            # an unknown one is refused now
+            engine_options(self.engine, **{name: value for name, value in options.items() if name != "limit"})
             return
         self.manifest = _read_manifest(self.root)
         if self.manifest is None:
-            raise FileNotFoundError(f"no proposals in {self.root} (manifest.json is missing): run make_proposals(dataset, engine, {str(self.root)!r}) first")
+            raise FileNotFoundError(
+                f"no proposals in {self.root} (manifest.json is missing): run make_proposals(dataset, engine, "
+                f"{str(self.root)!r}) first")
         wanted = dict(reduction=reduction) if reduction else {}
         if "limit" in options:
             wanted["limit"] = options.pop("limit")
@@ -117,14 +136,17 @@ class ProposalStore:
         return self.length
 
     def __getitem__(self, index: int) -> Proposals:
-        "Proposals of one image. Raises IndexError beyond the dataset, FileNotFoundError / ValueError naming a missing or broken file."
+        """Proposals of one image.
+
+        Raises IndexError beyond the dataset, FileNotFoundError / ValueError naming a missing or broken file."""
         if not 0 <= index < self.length:
             raise IndexError(f"proposals of image {index}: this store has {self.length} images")
         if self.root is not None:
             try:
                 return read_proposals(_file(self.root, index), self.manifest["engine"], self.manifest["key"])
             except ValueError as error:
-                raise ValueError(f"{error}: run make_proposals again, it computes only what is missing or broken") from None
+                raise ValueError(
+                    f"{error}: run make_proposals again, it computes only what is missing or broken") from None
         if index not in self.memory:
             found = self.engine(self.dataset, index, self.reduction, **self.options)
             self.memory[index] = found._replace(name=self.dataset.reader.names[index])
@@ -132,20 +154,24 @@ class ProposalStore:
 
 
 def make_proposals(
-    dataset,    # what to segment
-    engine="classical",    # a key of `ENGINES`, or a function like them
-    root=None,    # folder to write to (made if needed); None: a store in memory, filled as it is read
-    reduction: int = 4,    # pixels along the side of a cell (small images: 2)
-    limit: int = 400,    # at most so many masks per image
-    shard: tuple = (0, 1),    # (k, n): make every n-th image from the k-th on, so that n machines share the work
-    progress: bool = False,    # say what it will cost, and how far it is: a bar on a terminal, a line now and then elsewhere
-    processes: int = 1,    # workers on this machine, each with a GPU of its own where there are several
-    **options,    # options of the engine
+    dataset,  # what to segment
+    engine="classical",  # a key of `ENGINES`, or a function like them
+    root=None,  # folder to write to (made if needed); None: a store in memory, filled as it is read
+    reduction: int = 4,  # pixels along the side of a cell (small images: 2)
+    limit: int = 400,  # at most so many masks per image
+    shard: tuple = (0, 1),  # (k, n): make every n-th image from the k-th on, so that n machines share the work
+    # say what it will cost, and how far it is: a bar on a terminal, a line now and then elsewhere
+    progress: bool = False,
+    processes: int = 1,  # workers on this machine, each with a GPU of its own where there are several
+    **options,  # options of the engine
 ) -> ProposalStore:
-    """Proposals of a whole dataset. Images that are already there are left alone; a truncated or foreign file is named in a warning and made again.
+    """Proposals of a whole dataset.
 
-    Raises ValueError if the folder holds proposals of another engine, other options or another dataset, or if engine, option or shard is unknown; OSError if the disk has no room;
-    ImportError or FileNotFoundError if there is something to do and the engine lacks its package or checkpoint."""
+    Images that are already there are left alone; a truncated or foreign file is named in a warning and made again.
+
+    Raises ValueError if the folder holds proposals of another engine, other options or another dataset, or if engine,
+    option or shard is unknown; OSError if the disk has no room; ImportError or FileNotFoundError if there is something
+    to do and the engine lacks its package or checkpoint."""
     function = find_engine(engine)
     if root is None:
         return ProposalStore(None, dataset, function, reduction, limit=limit, **options)
@@ -153,7 +179,8 @@ def make_proposals(
         raise ValueError(f"shard {shard[0]}/{shard[1]}: shards of {shard[1]} are numbered 0 to {shard[1] - 1}")
     root = Path(root)
     settings, missing = _settings(function, options)
-    manifest = dict(format=FORMAT, **settings, reduction=reduction, limit=limit, images=len(dataset), names=_names(dataset))
+    manifest = dict(format=FORMAT, **settings, reduction=reduction, limit=limit, images=len(dataset),
+        names=_names(dataset))
     stored = _read_manifest(root)
     if stored is not None:
         _refuse_others(root, stored, manifest)
@@ -178,19 +205,24 @@ def make_proposals(
         todo.append(index)
     if todo and missing:
         raise missing
-    job = dict(dataset=dataset, engine=engine, root=root, reduction=reduction, limit=limit, options=options, key=stored["key"])
+    job = dict(dataset=dataset, engine=engine, root=root, reduction=reduction, limit=limit, options=options,
+        key=stored["key"])
     workers = min(processes, len(todo))
     results = _in_processes(job, todo, workers) if workers > 1 else (_make(index=index, **job) for index in todo)
-    _watch(results, len(todo), len(range(shard[0], len(dataset), shard[1])), max(workers, 1), stored["engine"], root, progress)
+    _watch(results, len(todo), len(range(shard[0], len(dataset), shard[1])), max(workers, 1), stored["engine"], root,
+        progress)
     return ProposalStore(root)
 
 
 def _settings(engine, options):
-    "Settings to compare, and the error that stands in the way of making masks; what cannot be known then (the checkpoint) is not compared."
+    """Settings to compare, and the error that stands in the way of making masks.
+
+    What cannot be known then (the checkpoint) is not compared."""
     try:
         return json.loads(json.dumps(engine_settings(engine, **options))), None
     except (ImportError, FileNotFoundError) as error:
-        return json.loads(json.dumps(dict(engine=find_engine(engine).__name__, options=engine_options(engine, **options)))), error
+        return json.loads(
+            json.dumps(dict(engine=find_engine(engine).__name__, options=engine_options(engine, **options)))), error
 
 
 def _names(dataset):
@@ -207,18 +239,22 @@ def _read_manifest(root):
             raise ValueError(f"format {stored['format']}, not {FORMAT}")
         return stored
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of proposals ({error}): delete the folder, or choose another folder") from None
+        raise ValueError(
+            f"{path} is not a manifest of proposals ({error}): delete the folder, or choose another folder") from None
 
 
 def _refuse_others(root, stored, wanted):
-    other_engine = "engine" in wanted and wanted["engine"] != stored["engine"]    # then the rest goes without saying
+    other_engine = "engine" in wanted and wanted["engine"] != stored["engine"]  # then the rest goes without saying
     differ = [f"{key} {stored.get(key)!r} (asked: {value!r})" for key, value in wanted.items()
-              if key != "options" and not (other_engine and key in ("package", "checkpoint")) and stored.get(key) != value]
+              if key != "options" and not (other_engine and key in ("package", "checkpoint"))
+              and stored.get(key) != value]
     if "options" in wanted and not other_engine:
         old, new = stored["options"], wanted["options"]
-        differ += [f"{name} {old.get(name, 'absent')!r} (asked: {new.get(name, 'absent')!r})" for name in sorted(old.keys() | new.keys()) if (name in old, old.get(name)) != (name in new, new.get(name))]
+        differ += [f"{name} {old.get(name, 'absent')!r} (asked: {new.get(name, 'absent')!r})"
+            for name in sorted(old.keys() | new.keys()) if (name in old, old.get(name)) != (name in new, new.get(name))]
     if differ:
-        raise ValueError(f"{root} holds proposals made with {', '.join(differ)}: choose another folder, or delete this one")
+        raise ValueError(
+            f"{root} holds proposals made with {', '.join(differ)}: choose another folder, or delete this one")
 
 
 def _file(root, index):
@@ -234,32 +270,38 @@ def _make(dataset, engine, root, reduction, limit, options, key, index):
 
 def _in_processes(job, todo, processes):
     "The bytes of each file, as workers finish them."
-    import multiprocessing, pickle
+    import multiprocessing
+    import pickle
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     try:
         pickle.dumps(job["engine"])
     except Exception:
-        raise ValueError(f"processes={processes}: an engine must be a function of a module, so that another process can import it; {job['engine']!r} is not") from None
-    context = multiprocessing.get_context("spawn")    # the only way that goes with CUDA
+        raise ValueError(
+            f"processes={processes}: an engine must be a function of a module, so that another process can import "
+            f"it; {job['engine']!r} is not") from None
+    context = multiprocessing.get_context("spawn")  # the only way that goes with CUDA
     with ProcessPoolExecutor(processes, context, _start_worker, (job, context.Value("i", 0), processes)) as pool:
         try:
             for future in as_completed([pool.submit(_work, index) for index in todo]):
                 yield future.result()
         except BrokenProcessPool:
-            raise RuntimeError('a worker of make_proposals died: out of memory, killed, or started by a script whose own work is not under `if __name__ == "__main__":`') from None
+            raise RuntimeError(
+                'a worker of make_proposals died: out of memory, killed, or started by a script whose own work is '
+                'not under `if __name__ == "__main__":`') from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_job = {}    # of this process, if it is a worker
+_job = {}  # of this process, if it is a worker
 
 
 def _start_worker(job, counter, processes):
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    if torch.cuda.device_count() > 1 and "device" not in job["options"] and hasattr(find_engine(job["engine"]), "checkpoint"):
+    if torch.cuda.device_count() > 1 and "device" not in job["options"] and hasattr(find_engine(job["engine"]),
+            "checkpoint"):
         job["options"] = job["options"] | dict(device=f"cuda:{number % torch.cuda.device_count()}")
     _job.update(job)
 
@@ -271,7 +313,8 @@ def _work(index):
 def _watch(results, count, share, workers, engine, root, progress):
     "Wait for all results; say what is ahead as soon as the first ones tell, and stop if the disk has no room for it."
     import shutil
-    first, done, size, bar, said = workers, 0, 0, None, time.monotonic()    # the first of every worker loads the model: it is not timed
+    # the first of every worker loads the model: it is not timed
+    first, done, size, bar, said = workers, 0, 0, None, time.monotonic()
     started = begin = time.monotonic()
     if progress and sys.stderr.isatty():
         from tqdm import tqdm
@@ -284,13 +327,17 @@ def _watch(results, count, share, workers, engine, root, progress):
         if done == first:
             begin = now
         if done == first + 2 * workers and count > done:
-            rate, ahead, free = (done - first) / max(now - begin, 1e-9), size / done * (count - done), shutil.disk_usage(root).free
+            rate, ahead, free = (done - first) / max(now - begin,
+                1e-9), size / done * (count - done), shutil.disk_usage(root).free
             if progress:
                 say(f"proposals of {count} images ({share - count} of {share} are there) by {engine}: {rate:.3g} images/s in {workers} process{'es' * (workers > 1)}, "
-                    f"about {_duration((count - done) / rate)}, {_bytes(size / done * count)} of disk ({_bytes(free)} free)")
+                    f"about {_duration((count - done) / rate)}, {_bytes(size / done * count)} of disk "
+                    f"({_bytes(free)} free)")
             if ahead > free:
                 results.close()
-                raise OSError(f"{root}: {count - done} more images need about {_bytes(ahead)}, and {_bytes(free)} are free: make room or choose another folder; the {done} made so far stay")
+                raise OSError(
+                    f"{root}: {count - done} more images need about {_bytes(ahead)}, and {_bytes(free)} are free: "
+                    f"make room or choose another folder; the {done} made so far stay")
         if progress and bar is None and done < count and now - said > max(10, (now - started) / 10):
             said, rate = now, (done - first) / max(now - begin, 1e-9)
             if rate > 0:
@@ -310,22 +357,31 @@ def _bytes(count):
 
 # %% ../../nbs/43_proposals.ipynb #106f41fd
 def main(
-    arguments=None,    # list of str; None: the command line's
+    arguments=None,  # list of str; None: the command line's
 ) -> ProposalStore:
-    "`python -m reinpp.adaptation.proposals`: proposals of a dataset, or of a shard of it, into a folder. Ends with one line that says what is wrong."
+    """`python -m reinpp.adaptation.proposals`: proposals of a dataset, or of a shard of it, into a folder.
+
+    Ends with one line that says what is wrong."""
     import argparse
-    parser = argparse.ArgumentParser(prog="python -m reinpp.adaptation.proposals", description="Make the proposals of a dataset. Run again to go on; give every machine its own --shard of the same folder.")
+    parser = argparse.ArgumentParser(prog="python -m reinpp.adaptation.proposals",
+        description="Make the proposals of a dataset. Run again to go on; give every machine its own --shard of the same folder.")
     parser.add_argument("--dataset", required=True, help="a name that open_dataset knows")
     parser.add_argument("--split", required=True, help="train, val, ...")
     parser.add_argument("--data-root", help="folder that holds the datasets (default: data/ of the checkout)")
-    parser.add_argument("--no-labels", action="store_true", help="open it without labels, as the target of an adaptation")
-    parser.add_argument("--dataset-options", nargs="*", default=[], metavar="NAME=VALUE", help="further options of open_dataset, for example count=100")
+    parser.add_argument("--no-labels", action="store_true",
+        help="open it without labels, as the target of an adaptation")
+    parser.add_argument("--dataset-options", nargs="*", default=[], metavar="NAME=VALUE",
+        help="further options of open_dataset, for example count=100")
     parser.add_argument("--engine", default="sam2", choices=list(ENGINES))
-    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="options of the engine, for example model=tiny points_per_side=16 halves=true")
-    parser.add_argument("--root", help="folder for the proposals (default: data/runs/proposals/<dataset>_<split>_<engine>_<reduction>)")
-    parser.add_argument("--reduction", type=int, default=4, help="pixels along the side of a cell (default 4; small images: 2)")
+    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE",
+        help="options of the engine, for example model=tiny points_per_side=16 halves=true")
+    parser.add_argument(
+        "--root", help="folder for the proposals (default: data/runs/proposals/<dataset>_<split>_<engine>_<reduction>)")
+    parser.add_argument("--reduction", type=int, default=4,
+        help="pixels along the side of a cell (default 4; small images: 2)")
     parser.add_argument("--limit", type=int, default=400, help="most masks an image (default 400)")
-    parser.add_argument("--shard", default="0/1", metavar="K/N", help="every N-th image from the K-th on, K = 0 .. N-1 (default 0/1)")
+    parser.add_argument("--shard", default="0/1", metavar="K/N",
+        help="every N-th image from the K-th on, K = 0 .. N-1 (default 0/1)")
     parser.add_argument("--processes", type=int, default=1, help="workers on this machine (default 1)")
     a = parser.parse_args(arguments)
     try:
@@ -336,8 +392,10 @@ def main(
         parser.error(f"--shard {a.shard}: write K/N, for example 0/4")
     root = Path(a.root) if a.root else data_folder() / "runs" / "proposals" / f"{a.dataset}_{a.split.replace('/', '_')}_{a.engine}_{a.reduction}"
     try:
-        dataset = open_dataset(a.dataset, a.split, a.data_root, labels=not a.no_labels, **_values(parser, a.dataset_options))
-        return make_proposals(dataset, a.engine, root, a.reduction, a.limit, shard, True, a.processes, **_values(parser, a.options))
+        dataset = open_dataset(a.dataset, a.split, a.data_root, labels=not a.no_labels,
+            **_values(parser, a.dataset_options))
+        return make_proposals(dataset, a.engine, root, a.reduction, a.limit, shard, True, a.processes,
+            **_values(parser, a.options))
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise SystemExit(f"proposals: {error}") from None
     except KeyboardInterrupt:
@@ -358,4 +416,5 @@ def _values(parser, pairs):
     return found
 
 
-if __name__ == "__main__" and globals().get("__package__") == "reinpp": main()    # python -m, not a notebook
+if __name__ == "__main__" and globals().get("__package__") == "reinpp":
+    main()  # python -m, not a notebook

@@ -17,11 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .masks import compose, pack, pad, unpack, warp
-from ..data.sampling import fold, Sampler
+from ..data.sampling import Sampler, fold
 from ..data.transforms import hide_blocks, mix_images
 from ..labels import IGNORE
-from ..models.losses import mask_classification_loss, normalize_scores, normalized_score_loss, paired_loss
-from ..models.losses import targets_from_labels
+from reinpp.models.losses import (
+    mask_classification_loss,
+    normalize_scores,
+    normalized_score_loss,
+    paired_loss,
+    targets_from_labels,
+)
 from ..models.mask2former import HeadOutput, semantic_scores
 from ..models.segmenter import PER_PIXEL
 from ..processes import all_reduce_mean, get_world_size, local_rows
@@ -30,18 +35,18 @@ from ..training.ema import run_teacher, start_teacher, update_teacher, use_weigh
 # %% ../../nbs/45_rein_a.ipynb #c04b559a
 class PseudoLabel(NamedTuple):
     "What the teacher says about a batch of target crops."
-    label: torch.Tensor    # (B, H, W) int64
-    weight: torch.Tensor    # (B, H, W) float32: how much a pixel counts; 0 in padding
-    q: torch.Tensor    # (B,) float32: share of an image's pixels that the teacher is sure of
-    top: torch.Tensor    # (B, H, W) float32: the largest normalised score
+    label: torch.Tensor  # (B, H, W) int64
+    weight: torch.Tensor  # (B, H, W) float32: how much a pixel counts; 0 in padding
+    q: torch.Tensor  # (B,) float32: share of an image's pixels that the teacher is sure of
+    top: torch.Tensor  # (B, H, W) float32: the largest normalised score
 
 
 def pseudo_label(
-    scores: torch.Tensor,    # (B, K, h, w) semantic scores of the teacher
-    inside: torch.Tensor,    # (B, H, W) bool: image, not padding
-    tau: float = 0.968,    # a pixel is sure if its top normalised score is at least this
-    weighting: str = "image",    # "image": every pixel of an image weighs q (the paper); "pixel": 1 where sure, else 0
-    margins: tuple = (0, 0),    # rows at the top and bottom whose weight is 0
+    scores: torch.Tensor,  # (B, K, h, w) semantic scores of the teacher
+    inside: torch.Tensor,  # (B, H, W) bool: image, not padding
+    tau: float = 0.968,  # a pixel is sure if its top normalised score is at least this
+    weighting: str = "image",  # "image": every pixel of an image weighs q (the paper); "pixel": 1 where sure, else 0
+    margins: tuple = (0, 0),  # rows at the top and bottom whose weight is 0
 ) -> PseudoLabel:
     "Labels, weights and confidence from the teacher's scores, resized to the crop."
     scores = F.interpolate(scores.float(), inside.shape[-2:], mode="bilinear", align_corners=False)
@@ -56,20 +61,22 @@ def pseudo_label(
 
 @torch.no_grad()
 def agreement(
-    scores: torch.Tensor,    # (B, K, h, w) semantic scores of the student on the mixed image
-    label: torch.Tensor,    # (B, H, W) the teacher's pseudo label
-    where: torch.Tensor,    # (B, H, W) bool: pixels of the target that are to be seen
+    scores: torch.Tensor,  # (B, K, h, w) semantic scores of the student on the mixed image
+    label: torch.Tensor,  # (B, H, W) the teacher's pseudo label
+    where: torch.Tensor,  # (B, H, W) bool: pixels of the target that are to be seen
 ) -> torch.Tensor:
-    "Share of these pixels of which student and teacher say the same; 0 where there are none. To be watched: nothing is learnt from it."
+    """Share of these pixels of which student and teacher say the same; 0 where there are none.
+
+    To be watched: nothing is learnt from it."""
     said = F.interpolate(scores.float(), label.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
     same, seen = all_reduce_mean([((said == label) & where).sum(), where.sum()])
     return same / seen.clamp(min=1)
 
 # %% ../../nbs/45_rein_a.ipynb #d72fd709
 def stm_label(
-    output: HeadOutput,    # of the STM on the clean target
-    inside: torch.Tensor,    # (B, H, W) bool: image, not padding
-    least: float = 0.5,    # pixels with a smaller normalised score are left out
+    output: HeadOutput,  # of the STM on the clean target
+    inside: torch.Tensor,  # (B, H, W) bool: image, not padding
+    least: float = 0.5,  # pixels with a smaller normalised score are left out
 ) -> torch.Tensor:
     "STM's answer as trainIds (B, H, W), 255 where it is not sure."
     scores = semantic_scores(output.class_logits[-1], output.mask_logits[-1], output.padding).detach()
@@ -78,16 +85,16 @@ def stm_label(
 
 
 def stm_mask_loss(
-    student: HeadOutput,    # on the masked view
-    label: torch.Tensor,    # (B, H, W) from `stm_label`
-    num_classes: int,    # K
-    num_points: int = 12544,    # points a mask for matching and losses
+    student: HeadOutput,  # on the masked view
+    label: torch.Tensor,  # (B, H, W) from `stm_label`
+    num_classes: int,  # K
+    num_points: int = 12544,  # points a mask for matching and losses
 ) -> torch.Tensor:
     "L^stm_mask: eq. 14 against STM's label, over the images of which STM knows something."
     targets = targets_from_labels(label, num_classes)
     known = [i for i, t in enumerate(targets) if len(t.classes)]
-    if not known and get_world_size() == 1:    # other processes may know something, and wait for this one's counts
-        return student.mask_logits[-1].sum() * 0 + 0.0    # not -0
+    if not known and get_world_size() == 1:  # other processes may know something, and wait for this one's counts
+        return student.mask_logits[-1].sum() * 0 + 0.0  # not -0
     if len(known) < len(targets):
         pick = torch.tensor(known, dtype=torch.int64, device=label.device)
         student = _images(student, pick)
@@ -99,25 +106,28 @@ class Collapse(RuntimeError):
 
 
 class CollapseGuard:
-    "Raises `Collapse` for a loss that is not finite, and for a teacher that for `patience` iterations on end is sure of nothing, sure of everything, or sees one class only."
+    """Raises `Collapse` for a loss that is not finite, and for a teacher that for `patience` iterations on end is sure
+    of nothing, sure of everything, or sees one class only."""
 
     def __init__(
         self,
-        patience: int = 500,    # iterations on end
+        patience: int = 500,  # iterations on end
     ):
         self.patience, self.runs = patience, dict(nothing=0, everything=0, one_class=0)
 
     def check(
         self,
-        iteration: int,    # for the message
-        terms: dict,    # floats: the loss terms
-        q: float,    # mean confidence of the batch
-        largest_class: float,    # share of the target's pixels that the most frequent pseudo label takes
+        iteration: int,  # for the message
+        terms: dict,  # floats: the loss terms
+        q: float,  # mean confidence of the batch
+        largest_class: float,  # share of the target's pixels that the most frequent pseudo label takes
     ) -> None:
         "Look at one iteration."
         bad = [name for name, value in terms.items() if value != value or value in (float("inf"), float("-inf"))]
         if bad:
-            raise Collapse(f"iteration {iteration}: loss {', '.join(bad)} is not finite; lower the learning rate, or train in float32")
+            raise Collapse(
+                f"iteration {iteration}: loss {', '.join(bad)} is not finite; lower the learning rate, or train in "
+                "float32")
         now = dict(nothing=q < 1e-4, everything=q > 0.9999, one_class=largest_class > 0.9999)
         advice = dict(
             nothing="the teacher has been sure of no pixel (q = 0): lower tau (look at the histogram of its top normalised scores), or start from a better source model",
@@ -133,46 +143,55 @@ class CollapseGuard:
 class ReinA:
     """The objective of Rein-A (Algorithm 1): adapt a trained segmenter to unlabelled target images.
 
-    Raises ValueError for a target that was opened with labels, for a head without masks, for proposals that do not fit their dataset, for an STM without proposals, and for unknown options; `Collapse` while training."""
+    Raises ValueError for a target that was opened with labels, for a head without masks, for proposals that do not fit
+    their dataset, for an STM without proposals, and for unknown options; `Collapse` while training."""
 
     def __init__(
         self,
-        segmenter: nn.Module,    # trained on the source: the student
-        source,    # labelled Dataset (several: `datasets.concat`)
-        target,    # Dataset opened with labels=False
-        transform,    # `TrainTransform` for the source; the target gets the same without colours
-        source_proposals=None,    # `ProposalStore` of the source: needed for STM
-        target_proposals=None,    # `ProposalStore` of the target: needed for STM
-        stm: nn.Module | None = None,    # `STM`; None: without it
-        tau: float = 0.968,    # the teacher is sure of a pixel from this normalised score on
-        alpha: float = 1.0,    # weight of the mix branch
-        beta: float = 1.0,    # weight of the mask branch
-        ema: float = 0.999,    # share of the old teacher in each average
-        ema_warmup: bool = False,    # ramp min(1 - 1 / (t + 1), ema) of the cited works
-        weighting: str = "image",    # of pseudo labels: "image" (the paper: q) or "pixel"
-        margins: tuple = (0, 0),    # rows of the target at top and bottom without weight in L_mix: (15, 120) for Cityscapes at half resolution
-        mask_block: int = 32,    # side of a hidden block in pixels
-        mask_ratio: float = 0.7,    # share of blocks hidden
-        rcs: bool = True,    # rare class sampling of the source
-        rcs_temperature: float = 0.01,    # of its class distribution
-        rcs_counts: torch.Tensor | None = None,    # `class_pixels(source)`, if known; how many pixels are enough is the transform's `min_class_pixels`
-        limit: int = 100,    # proposals an image that STM sees
-        pool: int = 400,    # proposals a crop that travel in a batch: cut to `limit` after mixing
-        stm_least: float = 0.5,    # pixels of STM's answer under this normalised score are left out
-        stm_warmup: int = 0,    # iterations in which STM learns before it teaches
-        num_points: int = 12544,    # points a mask for matching and losses
-        use_mix: bool = True,    # ablation: without the mix branch
-        use_mask: bool = True,    # ablation: without the mask branch
-        use_stm: bool = True,    # ablation: without STM
-        patience: int = 500,    # iterations on end before the collapse guard stops the run
-        teacher_flip: bool = False,    # beyond the paper: pseudo labels from the mean of the teacher's scores on the crop and on its mirror image
-        soft_masks: bool = False,    # beyond the paper: L_mask's targets are drawn from the teacher's mask probabilities, instead of cut at 0.5
-        q_on_mask: bool = False,    # beyond the paper: L_mask of an image weighs q, as its pseudo labels do
+        segmenter: nn.Module,  # trained on the source: the student
+        source,  # labelled Dataset (several: `datasets.concat`)
+        target,  # Dataset opened with labels=False
+        transform,  # `TrainTransform` for the source; the target gets the same without colours
+        source_proposals=None,  # `ProposalStore` of the source: needed for STM
+        target_proposals=None,  # `ProposalStore` of the target: needed for STM
+        stm: nn.Module | None = None,  # `STM`; None: without it
+        tau: float = 0.968,  # the teacher is sure of a pixel from this normalised score on
+        alpha: float = 1.0,  # weight of the mix branch
+        beta: float = 1.0,  # weight of the mask branch
+        ema: float = 0.999,  # share of the old teacher in each average
+        ema_warmup: bool = False,  # ramp min(1 - 1 / (t + 1), ema) of the cited works
+        weighting: str = "image",  # of pseudo labels: "image" (the paper: q) or "pixel"
+        # rows of the target at top and bottom without weight in L_mix: (15, 120) for Cityscapes at half resolution
+        margins: tuple = (0, 0),
+        mask_block: int = 32,  # side of a hidden block in pixels
+        mask_ratio: float = 0.7,  # share of blocks hidden
+        rcs: bool = True,  # rare class sampling of the source
+        rcs_temperature: float = 0.01,  # of its class distribution
+        # `class_pixels(source)`, if known; how many pixels are enough is the transform's `min_class_pixels`
+        rcs_counts: torch.Tensor | None = None,
+        limit: int = 100,  # proposals an image that STM sees
+        pool: int = 400,  # proposals a crop that travel in a batch: cut to `limit` after mixing
+        stm_least: float = 0.5,  # pixels of STM's answer under this normalised score are left out
+        stm_warmup: int = 0,  # iterations in which STM learns before it teaches
+        num_points: int = 12544,  # points a mask for matching and losses
+        use_mix: bool = True,  # ablation: without the mix branch
+        use_mask: bool = True,  # ablation: without the mask branch
+        use_stm: bool = True,  # ablation: without STM
+        patience: int = 500,  # iterations on end before the collapse guard stops the run
+        # beyond the paper: pseudo labels from the mean of the teacher's scores on the crop and on its mirror image
+        teacher_flip: bool = False,
+        # beyond the paper: L_mask's targets are drawn from the teacher's mask probabilities, instead of cut at 0.5
+        soft_masks: bool = False,
+        q_on_mask: bool = False,  # beyond the paper: L_mask of an image weighs q, as its pseudo labels do
     ):
         if segmenter.config["head"] in PER_PIXEL:
-            raise ValueError(f"ReinA: head {segmenter.config['head']!r} labels pixels, and eq. 15 to 19 are about masks with queries: use head='mask2former'")
+            raise ValueError(
+                f"ReinA: head {segmenter.config['head']!r} labels pixels, and eq. 15 to 19 are about masks with "
+                "queries: use head='mask2former'")
         if getattr(target, "labelled", False):
-            raise ValueError(f"ReinA: target {target!r} was opened with labels, which adaptation must never read: open it with labels=False")
+            raise ValueError(
+                f"ReinA: target {target!r} was opened with labels, which adaptation must never read: open it with "
+                "labels=False")
         if weighting not in ("image", "pixel"):
             raise ValueError(f"ReinA: weighting={weighting!r}: use 'image' or 'pixel'")
         stm = stm if use_stm else None
@@ -180,25 +199,30 @@ class ReinA:
             if stm is not None and store is None:
                 raise ValueError(f"ReinA: STM needs {name}_proposals: make_proposals({name}, engine), or stm=None")
             if stm is not None and len(store) != len(data):
-                raise ValueError(f"ReinA: {name}_proposals are for {len(store)} images, the {name} has {len(data)}: make them for this dataset")
+                raise ValueError(
+                    f"ReinA: {name}_proposals are for {len(store)} images, the {name} has {len(data)}: make them "
+                    "for this dataset")
         self.segmenter, self.source, self.target, self.stm = segmenter, source, target, stm
         self.stores = (source_proposals, target_proposals)
         self.transform, self.target_transform = transform, copy.copy(transform)
-        self.target_transform.photometric = False    # the teacher sees the clean crop
+        self.target_transform.photometric = False  # the teacher sees the clean crop
         enough = transform.min_class_pixels or 0
-        self.source_sampler = Sampler(source, rcs=rcs, temperature=rcs_temperature, min_pixels=enough, counts=rcs_counts)
+        self.source_sampler = Sampler(source, rcs=rcs, temperature=rcs_temperature, min_pixels=enough,
+            counts=rcs_counts)
         self.target_sampler = Sampler(target)
         self.tau, self.alpha, self.beta, self.ema, self.ema_warmup = tau, alpha, beta, ema, ema_warmup
-        self.weighting, self.margins, self.mask_block, self.mask_ratio = weighting, tuple(margins), mask_block, mask_ratio
+        self.weighting, self.margins, self.mask_block, self.mask_ratio = weighting, tuple(
+            margins), mask_block, mask_ratio
         self.limit, self.pool, self.stm_least, self.stm_warmup, self.num_points = limit, pool, stm_least, stm_warmup, num_points
         self.use_mix, self.use_mask = use_mix, use_mask
         self.teacher_flip, self.soft_masks, self.q_on_mask = teacher_flip, soft_masks, q_on_mask
         self.teacher = start_teacher(segmenter)
         self.guard = CollapseGuard(patience)
-        self.autocast = contextlib.nullcontext    # `fit` sets it
+        self.autocast = contextlib.nullcontext  # `fit` sets it
 
     def sample(self, key: int, seed: int) -> dict:
-        "source (3, crop, crop), source_label (crop, crop), target, target_inside (bool), and with STM the crops' proposals as bits (pool, crop / 4, crop / 32)."
+        """source (3, crop, crop), source_label (crop, crop), target, target_inside (bool), and with STM the crops'
+        proposals as bits (pool, crop / 4, crop / 32)."""
         index, wanted = self.source_sampler.draw(key, seed)
         image, label, _ = self.source[index]
         x_s, y_s, geometry_s = self.transform(image, label, wanted_class=wanted)
@@ -208,98 +232,115 @@ class ReinA:
         sample = dict(source=x_s, source_label=y_s, target=x_t, target_inside=padding != IGNORE)
         if self.stm is not None:
             sample["source_masks"] = self._proposals(self.stores[0], self.source.actual(index), geometry_s, image)
-            sample["target_masks"] = self._proposals(self.stores[1], self.target.actual(other, "image"), geometry_t, target)
+            sample["target_masks"] = self._proposals(self.stores[1], self.target.actual(other, "image"), geometry_t,
+                target)
         return sample
 
     def step(self, batch: dict, iteration: int) -> dict:
-        "Algorithm 1, lines 2 to 21: the gradients of eq. 20 are left in the parameters; the loss terms and what to watch come back as 0-d tensors on the CPU."
+        """Algorithm 1, lines 2 to 21: the gradients of eq. 20 are left in the parameters.
+
+        The loss terms and what to watch come back as 0-d tensors on the CPU."""
         segmenter, stm, K, alpha, beta = self.segmenter, self.stm, self.segmenter.num_classes, self.alpha, self.beta
         x_s, y_s, x_t, inside = batch["source"], batch["source_label"], batch["target"], batch["target_inside"]
         terms, watch = {}, {}
 
-        def learn(**losses):    # backward of one branch: name=(weight, loss)
+        def learn(**losses):  # backward of one branch: name=(weight, loss)
             terms.update({name: loss.detach() for name, (_, loss) in losses.items()})
             sum(weight * loss for weight, loss in losses.values()).backward()
 
         if self.use_mix:
-            x_mix, pasted = mix_images(x_s, y_s, x_t)                                          # 10: x_mix (its labels follow)
+            x_mix, pasted = mix_images(x_s, y_s, x_t)  # 10: x_mix (its labels follow)
 
         # 2: Generate Pseudo Labels
         seen = [x_t] + ([x_s] if stm else []) + ([x_mix] if stm and self.use_mix else [])
         with torch.no_grad(), self.autocast():
             features, answer = run_teacher(segmenter, self.teacher, torch.cat(seen), len(x_t))
-            p_t, m_t = answer.class_logits[-1], answer.mask_logits[-1]                         # 3: (p_t, m_t) <- M_t(x_t)
-        pseudo = self._pseudo_label(semantic_scores(p_t, m_t), x_t, inside)                   # 5: c_t
+            p_t, m_t = answer.class_logits[-1], answer.mask_logits[-1]  # 3: (p_t, m_t) <- M_t(x_t)
+        pseudo = self._pseudo_label(semantic_scores(p_t, m_t), x_t, inside)  # 5: c_t
         if stm:
             f_t, f_s, *f_mix = zip(*(f.split(len(x_t)) for f in features))
             masks_s, masks_t = (unpack(batch[name], x_s.shape[-1] // 4) for name in ("source_masks", "target_masks"))
             teaches = self.use_mask and iteration >= self.stm_warmup
             if teaches:
                 with torch.no_grad(), self.autocast():
-                    answer = stm(f_t, *pad(masks_t, self.limit))                               # 4: (p_stm, m_stm) <- M_stm[x_t, M_SAM(x_t)]
-                c_stm = stm_label(answer, inside, self.stm_least)                              # 5: c_stm
+                    answer = stm(f_t, *pad(masks_t, self.limit))  # 4: (p_stm, m_stm) <- M_stm[x_t, M_SAM(x_t)]
+                c_stm = stm_label(answer, inside, self.stm_least)  # 5: c_stm
 
         # 6: Source Branch
         z_s = targets_from_labels(y_s, K)
-        with self.autocast(): output = segmenter(x_s)
-        learn(src=(1, mask_classification_loss(output, z_s, num_points=self.num_points)["total"]))          # 7: L_src, eq. 14
+        with self.autocast():
+            output = segmenter(x_s)
+        learn(src=(1, mask_classification_loss(output, z_s, num_points=self.num_points)["total"]))  # 7: L_src, eq. 14
         if stm:
-            with self.autocast(): output = stm(f_s, *pad(masks_s, self.limit))
-            learn(stm_src=(1, mask_classification_loss(output, z_s, num_points=self.num_points)["total"]))  # 8: L^stm_src, eq. 18
+            with self.autocast():
+                output = stm(f_s, *pad(masks_s, self.limit))
+            # 8: L^stm_src, eq. 18
+            learn(stm_src=(1, mask_classification_loss(output, z_s, num_points=self.num_points)["total"]))
 
         # 9: Mix Branch
         if self.use_mix:
-            y_mix = torch.where(pasted, y_s, pseudo.label)                                     # 10: y_mix
+            y_mix = torch.where(pasted, y_s, pseudo.label)  # 10: y_mix
             weight = pseudo.weight.masked_fill(pasted, 1)
-            with self.autocast(): output = segmenter(x_mix)                                    # 11: (p_mix, m_mix) <- M_s(x_mix)
+            with self.autocast():
+                output = segmenter(x_mix)  # 11: (p_mix, m_mix) <- M_s(x_mix)
             scores = _scores(output)
-            learn(mix=(alpha, normalized_score_loss(scores, y_mix, weight)))                   # 12: L_mix, eq. 15
+            learn(mix=(alpha, normalized_score_loss(scores, y_mix, weight)))  # 12: L_mix, eq. 15
             watch["agreement"] = agreement(scores.detach(), pseudo.label, inside & ~pasted)
             if stm:
-                masks_mix = compose(masks_s, masks_t, pasted)                                  # 13: (p_stm, m_stm) <- M_stm[x_mix, M_SAM(x_mix)]
-                with self.autocast(): output = stm(f_mix[0], *pad(masks_mix, self.limit))
+                masks_mix = compose(masks_s, masks_t, pasted)  # 13: (p_stm, m_stm) <- M_stm[x_mix, M_SAM(x_mix)]
+                with self.autocast():
+                    output = stm(f_mix[0], *pad(masks_mix, self.limit))
                 learn(stm_mix=(alpha, normalized_score_loss(_scores(output), y_mix, weight)))  # 14: L^stm_mix, eq. 18
 
         # 15: Mask Branch
         if self.use_mask:
-            x_mask = hide_blocks(x_t, segmenter.mean, self.mask_block, self.mask_ratio)        # 16: M <- RandomMask()
-            with self.autocast(): output = segmenter(x_mask)                                   # 17: (p_mask, m_mask) <- M_s(x_t * M)
-            losses = dict(mask=(beta, self._mask_loss(output, p_t, m_t, inside, pseudo.q)))    # 18: L_mask, eq. 16
+            x_mask = hide_blocks(x_t, segmenter.mean, self.mask_block, self.mask_ratio)  # 16: M <- RandomMask()
+            with self.autocast():
+                output = segmenter(x_mask)  # 17: (p_mask, m_mask) <- M_s(x_t * M)
+            losses = dict(mask=(beta, self._mask_loss(output, p_t, m_t, inside, pseudo.q)))  # 18: L_mask, eq. 16
             if stm and teaches:
                 losses["stm_mask"] = (beta, stm_mask_loss(output, c_stm, K, self.num_points))  # 19: L^stm_mask, eq. 19
             learn(**losses)
 
         # 20: Total Loss
         weights = dict(src=1, stm_src=1, mix=alpha, stm_mix=alpha, mask=beta, stm_mask=beta)
-        terms["total"] = sum(weights[name] * loss for name, loss in terms.items())             # 21: L, eq. 20
+        terms["total"] = sum(weights[name] * loss for name, loss in terms.items())  # 21: L, eq. 20
         return self._watch(terms, watch, pseudo, inside, iteration)
 
     def after_step(self, iteration: int) -> None:
         "After the optimiser's step (line 22) the teacher follows."
         decay = min(1 - 1 / (iteration + 1), self.ema) if self.ema_warmup else self.ema
-        update_teacher(self.teacher, self.segmenter, decay)                                    # 23: Update M_t by EMA
+        update_teacher(self.teacher, self.segmenter, decay)  # 23: Update M_t by EMA
 
     def _pseudo_label(self, scores, x_t, inside):
         "The teacher's scores as labels, the mirror image's averaged in if asked."
         if self.teacher_flip:
-            with torch.no_grad(), self.autocast(): _, mirrored = run_teacher(self.segmenter, self.teacher, x_t.flip(-1))
+            with torch.no_grad(), self.autocast():
+                _, mirrored = run_teacher(self.segmenter, self.teacher, x_t.flip(-1))
             scores = (scores + _scores(mirrored).flip(-1)) / 2
         return pseudo_label(scores, inside, self.tau, self.weighting, self.margins)
 
     def _mask_loss(self, output, p_t, m_t, inside, q):
         "Eq. 16, and its two variants."
-        if self.soft_masks: m_t = m_t + local_rows(torch.rand(len(m_t) * get_world_size(), *m_t.shape[1:], device=m_t.device)).logit()    # is above 0 with the mask's probability
+        if self.soft_masks:
+            # is above 0 with the mask's probability
+            m_t = m_t + local_rows(torch.rand(len(m_t) * get_world_size(), *m_t.shape[1:], device=m_t.device)).logit()
         if not self.q_on_mask: return paired_loss(output, p_t, m_t, inside)["total"]
         alone = [slice(i, i + 1) for i in range(len(q))]
-        return sum(q[i] * paired_loss(_images(output, i), p_t[i], m_t[i], inside[i], whole=False)["total"] for i in alone).squeeze() / len(q)
+        return sum(q[i] * paired_loss(_images(output, i), p_t[i], m_t[i], inside[i], whole=False)["total"]
+            for i in alone).squeeze() / len(q)
 
     def _watch(self, terms, watch, pseudo, inside, iteration):
         "One copy to the host of everything that is logged; the guard looks at it."
-        classes = torch.zeros(self.segmenter.num_classes, device=inside.device).index_add_(0, pseudo.label.flatten(), inside.flatten().float())
+        classes = torch.zeros(self.segmenter.num_classes, device=inside.device).index_add_(0, pseudo.label.flatten(),
+            inside.flatten().float())
         sure = ((pseudo.top >= self.tau) & inside).sum()
-        q, sure, count, classes, *values = all_reduce_mean([pseudo.q.mean(), sure, inside.sum(), classes, *terms.values()])    # every process's guard sees the same
+        # every process's guard sees the same
+        q, sure, count, classes, *values = all_reduce_mean(
+            [pseudo.q.mean(), sure, inside.sum(), classes, *terms.values()])
         terms, count = dict(zip(terms, values)), count.clamp(min=1)
-        losses, shares = list(terms), {f"share_{name.replace(' ', '_')}": share for name, share in zip(self.source.classes, classes / count)}
+        losses, shares = list(terms), {f"share_{name.replace(' ', '_')}": share for name,
+            share in zip(self.source.classes, classes / count)}
         terms = dict(terms, q=q, above_tau=sure / count, largest_class=classes.max() / count, **watch, **shares)
         values = torch.stack([value.float() for value in terms.values()]).cpu()
         floats = dict(zip(terms, values.tolist()))
@@ -310,7 +351,9 @@ class ReinA:
         "Proposals of a crop as bits: (pool, h, ceil(w / 8)) uint8, the last ones empty."
         proposals = store[index]
         if proposals.image_size != tuple(image.shape[-2:]):
-            raise ValueError(f"ReinA: proposals of {proposals.name!r} are for an image of {proposals.image_size}, it has {tuple(image.shape[-2:])}: make them again")
+            raise ValueError(
+                f"ReinA: proposals of {proposals.name!r} are for an image of {proposals.image_size}, it has "
+                f"{tuple(image.shape[-2:])}: make them again")
         masks = warp(proposals, geometry)
         if len(masks) > self.pool:
             masks, _ = pad(masks, self.pool)
@@ -336,14 +379,17 @@ class ReinA:
 
     def state_dict(self) -> dict:
         "Everything that training changes: student and STM by name, the teacher, the guard's counts."
-        return dict(trained={name: p.detach() for name, p in self.named_trainables()}, teacher=dict(self.teacher), guard=dict(self.guard.runs))
+        return dict(trained={name: p.detach() for name, p in self.named_trainables()}, teacher=dict(self.teacher),
+            guard=dict(self.guard.runs))
 
     def load_state_dict(self, state: dict) -> None:
         "Take up a `state_dict`. Raises ValueError if it is of another configuration."
         own = dict(self.named_trainables())
         wrong = sorted(own.keys() ^ state["trained"].keys()) or sorted(self.teacher.keys() ^ state["teacher"].keys())
         if wrong:
-            raise ValueError(f"ReinA: the checkpoint does not fit: {len(wrong)} parameters differ, first {wrong[0]}; another adapter, head or STM?")
+            raise ValueError(
+                f"ReinA: the checkpoint does not fit: {len(wrong)} parameters differ, first {wrong[0]}; another "
+                "adapter, head or STM?")
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(state["trained"][name])
@@ -357,28 +403,37 @@ class ReinA:
 
     @torch.no_grad()
     def views(self, batch: dict) -> dict:
-        "What a step sees and believes, for `draw_views`: source, target, mixed, masked (B, 3, H, W), and pseudo, weight, mixed_label, stm (B, H, W), on the CPU. Changes nothing but the random generator."
+        """What a step sees and believes, for `draw_views`.
+
+        Source, target, mixed, masked (B, 3, H, W), and pseudo, weight, mixed_label, stm (B, H, W), on the CPU. Changes
+        nothing but the random generator."""
         x_s, y_s, x_t, inside = batch["source"], batch["source_label"], batch["target"], batch["target_inside"]
-        with self.autocast(): features, answer = run_teacher(self.segmenter, self.teacher, x_t)
+        with self.autocast():
+            features, answer = run_teacher(self.segmenter, self.teacher, x_t)
         pseudo = self._pseudo_label(_scores(answer), x_t, inside)
         x_mix, pasted = mix_images(x_s, y_s, x_t)
         x_mask = hide_blocks(x_t, self.segmenter.mean, self.mask_block, self.mask_ratio)
-        views = dict(source=x_s, target=x_t, pseudo=pseudo.label.masked_fill(~inside, IGNORE), sure=(pseudo.top >= self.tau) & inside, q=pseudo.q, mixed=x_mix,
+        views = dict(source=x_s, target=x_t, pseudo=pseudo.label.masked_fill(~inside, IGNORE),
+            sure=(pseudo.top >= self.tau) & inside, q=pseudo.q, mixed=x_mix,
                      mixed_label=torch.where(pasted, y_s, pseudo.label), masked=x_mask)
         if self.stm is not None:
             masks = unpack(batch["target_masks"], x_t.shape[-1] // 4)
-            with self.autocast(): answer = self.stm(features, *pad(masks, self.limit))
+            with self.autocast():
+                answer = self.stm(features, *pad(masks, self.limit))
             views["stm"] = stm_label(answer, inside, self.stm_least)
         return {name: value.cpu() for name, value in views.items()}
 
     def picture(self, batch: dict):
-        "`views` as a figure, see `draw_views`: `fit` writes it into the run's folder every `pictures_every` iterations."
+        """`views` as a figure, see `draw_views`.
+
+        `fit` writes it into the run's folder every `pictures_every` iterations."""
         return draw_views(self.views(batch))
 
 
 def _images(output, pick):
     "The predictions for some of the images."
-    return HeadOutput([c[pick] for c in output.class_logits], [m[pick] for m in output.mask_logits], None if output.padding is None else output.padding[pick])
+    return HeadOutput([c[pick] for c in output.class_logits], [m[pick] for m in output.mask_logits], None
+        if output.padding is None else output.padding[pick])
 
 
 def _scores(output):
@@ -387,15 +442,20 @@ def _scores(output):
 
 # %% ../../nbs/45_rein_a.ipynb #9e99807c
 def draw_views(
-    views: dict,    # from `ReinA.views`
-    rows: int = 2,    # images of the batch to show
+    views: dict,  # from `ReinA.views`
+    rows: int = 2,  # images of the batch to show
 ):
-    "A figure with one row per image: target, pseudo label (faint where the teacher is not sure), mixed image, its label, masked view, STM's answer. Needs matplotlib."
+    """A figure with one row per image.
+
+    Target, pseudo label (faint where the teacher is not sure), mixed image, its label, masked view, STM's answer. Needs
+    matplotlib."""
     import matplotlib.pyplot as plt
+
     from reinpp.labels import colorize
     rows = min(rows, len(views["target"]))
     columns = 5 + ("stm" in views)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.2 * columns, 1.36 * rows), squeeze=False, layout="constrained", dpi=75)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.2 * columns, 1.36 * rows), squeeze=False,
+        layout="constrained", dpi=75)
     for i, row in enumerate(axes):
         faint = 0.4 + 0.6 * views["sure"][i].numpy()[..., None]
         pictures = {

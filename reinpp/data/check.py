@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .catalog import DATASETS, OnDisk
-from .datasets import Concat, Dataset, Files, POLICIES, read_image, read_label
-from ..files import BadFile, data_folder, each, list_files, Member, Progress, read_bytes, write_atomically
+from .datasets import POLICIES, Concat, Dataset, Files, read_image, read_label
+from ..files import BadFile, Member, Progress, data_folder, each, list_files, read_bytes, write_atomically
 
 # %% ../../nbs/18_check.ipynb #13c4a9ea
 def look(
@@ -30,13 +30,20 @@ def look(
 ) -> dict:
     "`size` [width, height] or None, `digest` of the image file, and `problems` [[kind, file, what], ...] of one pair."
     problems, pictures, digest = [], {}, None
-    try: digest = hashlib.blake2b(read_bytes(image), digest_size=12).hexdigest()
-    except (OSError, zipfile.BadZipFile): pass  # reading it as an image says so below
-    for kind, path, read in (("image", image, partial(read_image, rotation=rotation)), ("label", label, partial(read_label, form=form))):
+    try:
+        digest = hashlib.blake2b(read_bytes(image), digest_size=12).hexdigest()
+    except (OSError, zipfile.BadZipFile):
+        pass  # reading it as an image says so below
+    for kind, path, read in (("image", image, partial(read_image, rotation=rotation)),
+            ("label", label, partial(read_label, form=form))):
         if path is None: continue
-        try: pictures[kind] = read(path).shape[1::-1]
-        except BadFile as error: problems.append([error.kind, str(path), str(error).removeprefix(f"{path}: ")])
-    if len(set(pictures.values())) == 2: problems.append(["other size", str(label), "the label is {}x{} and the image {}x{} pixels".format(*pictures["label"], *pictures["image"])])
+        try:
+            pictures[kind] = read(path).shape[1::-1]
+        except BadFile as error:
+            problems.append([error.kind, str(path), str(error).removeprefix(f"{path}: ")])
+    if len(set(pictures.values())) == 2:
+        problems.append(["other size", str(label), "the label is {}x{} and the image {}x{} pixels".format(
+            *pictures["label"], *pictures["image"])])
     return dict(size=pictures.get("image"), digest=digest, problems=problems)
 
 # %% ../../nbs/18_check.ipynb #12f18472
@@ -45,21 +52,27 @@ VERSION = 1  # raise it when `look` finds more
 
 def _stamp(path):
     "Size and time of change of a file (of its archive, for a member)."
-    try: state = os.stat(path.archive if isinstance(path, Member) else path)
-    except OSError: return None  # gone, or no permission: look again
+    try:
+        state = os.stat(path.archive if isinstance(path, Member) else path)
+    except OSError:
+        return None  # gone, or no permission: look again
     return f"{state.st_size}.{state.st_mtime_ns}"
 
 
 class _Seen:
     def __init__(self, folder, *what):
-        self.path = None if folder is None else Path(folder) / f"{hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()}.json"
-        try: self.found = json.loads(self.path.read_text()) if self.path else {}
-        except (FileNotFoundError, ValueError): self.found = {}
+        self.path = None if folder is None else Path(
+            folder) / f"{hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()}.json"
+        try:
+            self.found = json.loads(self.path.read_text()) if self.path else {}
+        except (FileNotFoundError, ValueError):
+            self.found = {}
 
     def key(self, image, label, form, rotation):
         stamps = [_stamp(p) for p in (image, label) if p is not None]
         if None in stamps: return None
-        table = "" if form is None else hashlib.blake2b(form.table.tobytes() + form.known.tobytes(), digest_size=4).hexdigest()
+        table = "" if form is None else hashlib.blake2b(form.table.tobytes() + form.known.tobytes(),
+            digest_size=4).hexdigest()
         return "|".join([str(VERSION), str(label), table, rotation, *stamps])
 
     def save(self):
@@ -76,49 +89,64 @@ class Report(NamedTuple):
     problems: object  # pandas DataFrame: dataset, split, kind, file, what
     ok: bool  # nothing is wrong
 
-    def __str__(self): return self.table.to_string(index=False) + "".join(f"\n{p.dataset}:{p.split} {p.kind}: {p.file}: {p.what}" for p in self.problems.head(50).itertuples()) + (f"\n... and {len(self.problems) - 50} more" if len(self.problems) > 50 else "")
-    def _repr_html_(self): return self.table.astype(object).where(self.table.notna(), "–").to_html(index=False) + (self.problems.head(20).to_html(index=False) if len(self.problems) else "")
+    def __str__(self):
+        return self.table.to_string(index=False) + "".join(f"\n{p.dataset}:{p.split} {p.kind}: {p.file}: {p.what}"
+            for p in self.problems.head(50).itertuples()) + (f"\n... and {len(self.problems) - 50} more"
+            if len(self.problems) > 50 else "")
+    def _repr_html_(self):
+        return self.table.astype(object).where(self.table.notna(),
+            "–").to_html(index=False) + (self.problems.head(20).to_html(index=False) if len(self.problems) else "")
 
 
 def _pairs(source, folder, part):
     "Pairs [(image, label, form)] of a split, and problems with the list of files."
     listing = source.listing(folder, part)
     problems = [["twice", str(b), f"has the same stem as {a}"] for a, b in listing.doubled]
-    if listing.labels is None: return [(path, None, None) for path in listing.images.values()], problems
+    if listing.labels is None:
+        return [(path, None, None) for path in listing.images.values()], problems
     alone = sorted(listing.images.keys() ^ listing.labels.keys())
-    problems += [["no partner", str(listing.images[key]), "an image without a label"] if key in listing.images else ["no partner", str(listing.labels[key][0]), "a label without an image"] for key in alone]
+    problems += [["no partner", str(listing.images[key]), "an image without a label"] if key in listing.images
+        else ["no partner", str(listing.labels[key][0]), "a label without an image"] for key in alone]
     return [(path, *listing.labels.get(key, (None, None))) for key, path in listing.images.items()], problems
 
 
-def _look(pairs, rotation, i): return look(*pairs[i], rotation)
+def _look(pairs, rotation, i):
+    return look(*pairs[i], rotation)
 
 
 def _look_at(pairs, rotation, seen, workers, progress, title):
     "What `look` says of each pair, from `seen` where nothing has changed."
     keys = [seen.key(*pair, rotation) for pair in pairs]
-    todo = [i for i, (pair, key) in enumerate(zip(pairs, keys)) if key is None or seen.found.get(str(pair[0]), {}).get("key") != key]
+    todo = [i for i, (pair, key) in enumerate(zip(pairs, keys)) if key is None
+        or seen.found.get(str(pair[0]), {}).get("key") != key]
     fresh = {}
     try:
         show = {None: "auto", True: "auto", False: "none"}[progress]
         with Progress(len(todo), title, "file", show=show) as bar:
-            for i, found in zip(todo, each(partial(_look, [pairs[i] for i in todo], rotation), range(len(todo)), workers)):
+            for i, found in zip(
+                    todo, each(partial(_look, [pairs[i] for i in todo], rotation), range(len(todo)), workers)):
                 fresh[i] = found
                 bar.update()
     finally:  # whatever happens, what was seen stays seen
         if fresh:
-            seen.found = {str(p[0]): seen.found[str(p[0])] for p in pairs if str(p[0]) in seen.found} | {str(pairs[i][0]): found | {"key": keys[i]} for i, found in fresh.items()}
+            seen.found = {str(p[0]): seen.found[str(p[0])] for p in pairs
+                if str(p[0]) in seen.found} | {str(pairs[i][0]): found | {"key": keys[i]} for i, found in fresh.items()}
             seen.save()
     return [fresh[i] if i in fresh else seen.found[str(pair[0])] for i, pair in enumerate(pairs)]
 
 
 def _row(name, split, expected, labelled, found, problems, policy, status=None, size=None):
     sizes = Counter(tuple(f["size"]) for f in found if f["size"]).most_common()
-    shown = ", ".join(f"{w}x{h}" + (f" ({n})" if len(sizes) > 1 else "") for (w, h), n in sizes[:3]) + (f", {len(sizes) - 3} more" if len(sizes) > 3 else "")
-    if size and sizes and sizes[0][0] != size: shown += " (published: {}x{})".format(*size)
+    shown = ", ".join(f"{w}x{h}" + (f" ({n})" if len(sizes) > 1 else "") for (w, h),
+        n in sizes[:3]) + (f", {len(sizes) - 3} more" if len(sizes) > 3 else "")
+    if size and sizes and sizes[0][0] != size:
+        shown += " (published: {}x{})".format(*size)
     counts = Counter(kind for kind, *_ in problems)
     wrong = [kind for kind in counts if kind not in POLICIES[policy]]
-    if expected is not None and len(found) != expected: wrong.insert(0, "incomplete" if len(found) < expected else "too many")
-    return dict(dataset=name, split=split, images=len(found), published=expected, labels=labelled, sizes=shown) | {kind: counts[kind] for kind in KINDS} | dict(status=status or ", ".join(wrong) or "ok")
+    if expected is not None and len(found) != expected:
+        wrong.insert(0, "incomplete" if len(found) < expected else "too many")
+    return dict(dataset=name, split=split, images=len(found), published=expected, labels=labelled,
+        sizes=shown) | {kind: counts[kind] for kind in KINDS} | dict(status=status or ", ".join(wrong) or "ok")
 
 # %% ../../nbs/18_check.ipynb #2df5c8c5
 def check(
@@ -127,83 +155,118 @@ def check(
     published: bool = True,  # compare the number of images with the published one (False: for a subset)
     workers: int | None = None,  # processes; None: one for each core
     progress: bool | None = None,  # a bar for each split; None: on a terminal only
-    cache="default",  # folder for what has been seen; default `data/runs/check` of the checkout; None: look at everything anew
+    # folder for what has been seen; default `data/runs/check` of the checkout; None: look at everything anew
+    cache="default",
 ) -> Report:
     "Look at every file of the sets. ValueError for unknown names."
     import pandas
     cache = data_folder() / "runs" / "check" if cache == "default" else cache
     rows, problems = [], []
     for one in [what] if isinstance(what, (str, Dataset)) else what:
-        for row, wrong in (_check_dataset if isinstance(one, Dataset) else _check_name)(one, root, published, workers, progress, cache):
+        for row, wrong in (_check_dataset if isinstance(one, Dataset) else _check_name)(one, root, published, workers,
+                progress, cache):
             rows.append(row)
             problems += [[row["dataset"], row["split"], *p] for p in wrong]
     table = pandas.DataFrame(rows).astype({"published": "Int64"}) if rows else pandas.DataFrame()
-    return Report(table, pandas.DataFrame(problems, columns=["dataset", "split", "kind", "file", "what"]), all(row["status"] in ("ok", "absent", "drawn") for row in rows))
+    return Report(table, pandas.DataFrame(problems, columns=["dataset", "split", "kind", "file", "what"]),
+        all(row["status"] in ("ok", "absent", "drawn") for row in rows))
 
 
 def _check_name(name, root, published, workers, progress, cache):
     name, _, wanted = name.partition(":")
     source = DATASETS.get(name)
-    if name in DATASETS and not isinstance(source, OnDisk): raise ValueError(f"check: {name} is not one published set; open what is to be checked, check(open_dataset({name!r}, ...))")
-    if source is None: raise ValueError(f"no dataset {name!r}; there are {', '.join(n for n, s in DATASETS.items() if isinstance(s, OnDisk))}")
-    failed = lambda split, error: (_row(name, split, None, 0, [], [], "stop", "not found" if isinstance(error, FileNotFoundError) else "cannot be listed"), [["not found" if isinstance(error, FileNotFoundError) else "unreadable", "", str(error)]])
+    if name in DATASETS and not isinstance(source, OnDisk):
+        raise ValueError(
+            f"check: {name} is not one published set; open what is to be checked, check(open_dataset({name!r}, ...))")
+    if source is None:
+        raise ValueError(
+            f"no dataset {name!r}; there are {', '.join(n for n, s in DATASETS.items() if isinstance(s, OnDisk))}")
+    def failed(split, error):
+        return (_row(name, split, None, 0, [], [], "stop", "not found" if isinstance(error, FileNotFoundError)
+            else "cannot be listed"), [
+            ["not found" if isinstance(error, FileNotFoundError) else "unreadable", "", str(error)]])
     try:
         folder = source.find(root)
         parts = source.parts(folder)
-    except (OSError, ValueError) as error: return [failed(wanted, error)]
-    if wanted and wanted not in parts: raise ValueError(f"{name}: no split {wanted!r} in {folder}; there are {', '.join(parts) or 'none'}")
+    except (OSError, ValueError) as error:
+        return [failed(wanted, error)]
+    if wanted and wanted not in parts:
+        raise ValueError(f"{name}: no split {wanted!r} in {folder}; there are {', '.join(parts) or 'none'}")
     results, first = [], {}
     for split, part in parts.items():
-        if split != wanted if wanted else len(part.images) > 1: continue  # joined splits are looked at one by one
-        try: pairs, wrong = _pairs(source, folder, part)
+        if split != wanted if wanted else len(part.images) > 1:
+            continue  # joined splits are looked at one by one
+        try:
+            pairs, wrong = _pairs(source, folder, part)
         except FileNotFoundError as error:
-            results.append(failed(split, error) if wanted or list_files(folder, part.images[0]) is not None else (_row(name, split, part.count, 0, [], [], "stop", "absent"), []))
+            results.append(failed(split, error) if wanted or list_files(folder, part.images[0]) is not None
+                else (_row(name, split, part.count, 0, [], [], "stop", "absent"), []))
             continue
         except (OSError, ValueError) as error:
             results.append(failed(split, error))
             continue
-        found = _look_at(pairs, "refuse", _Seen(cache, str(folder.absolute()), split), workers, progress, f"{name}:{split}")
-        results.append(_judge(name, split, part.count if published else None, pairs, found, wrong, source.on_error, first))
+        found = _look_at(pairs, "refuse", _Seen(cache, str(folder.absolute()), split), workers, progress,
+            f"{name}:{split}")
+        results.append(
+            _judge(name, split, part.count if published else None, pairs, found, wrong, source.on_error, first))
     return results
 
 
 def _check_dataset(dataset, root, published, workers, progress, cache):
     reader = dataset.reader
-    if isinstance(reader, Concat): return [result for part in reader.datasets for result in _check_dataset(part, root, published, workers, progress, cache)]
-    if not isinstance(reader, Files): return [(_row(dataset.name, dataset.split, None, len(dataset) * dataset.labelled, [dict(size=None)] * len(dataset), [], "stop", "drawn"), [])]
-    pairs = list(zip(reader.image_paths, reader.label_paths or [None] * len(dataset), reader.forms if reader.label_paths else [None] * len(dataset)))
+    if isinstance(reader, Concat):
+        return [result for part in reader.datasets for result in _check_dataset(part, root, published, workers,
+            progress, cache)]
+    if not isinstance(reader, Files):
+        return [(_row(dataset.name, dataset.split, None, len(dataset) * dataset.labelled,
+            [dict(size=None)] * len(dataset), [], "stop", "drawn"), [])]
+    pairs = list(zip(reader.image_paths, reader.label_paths or [None] * len(dataset), reader.forms if reader.label_paths
+        else [None] * len(dataset)))
     source = DATASETS.get(dataset.name)
     part = source.splits.get(dataset.split) if isinstance(source, OnDisk) else None
-    found = _look_at(pairs, reader.rotation, _Seen(cache, str(Path(reader.root or ".").absolute()), dataset.split), workers, progress, f"{dataset.name}:{dataset.split}")
-    return [_judge(dataset.name, dataset.split, part.count if part and published else None, pairs, found, [], dataset.on_error, {})]
+    found = _look_at(pairs, reader.rotation, _Seen(cache, str(Path(reader.root or ".").absolute()), dataset.split),
+        workers, progress, f"{dataset.name}:{dataset.split}")
+    return [_judge(dataset.name, dataset.split, part.count if part and published else None, pairs, found, [],
+        dataset.on_error, {})]
 
 
 def _judge(name, split, expected, pairs, found, problems, policy, first):
-    "The row of a split and all its problems; `first` {digest: file} goes from split to split, so that an image of one split in another is found."
+    """The row of a split and all its problems; `first` {digest.
+
+    File} goes from split to split, so that an image of one split in another is found."""
     problems = list(problems)
     for (path, *_), f in zip(pairs, found):
         problems += f["problems"]
-        if f["digest"] and first.setdefault(f["digest"], str(path)) != str(path): problems.append(["twice", str(path), f"has the same content as {first[f['digest']]}"])
+        if f["digest"] and first.setdefault(f["digest"], str(path)) != str(path):
+            problems.append(["twice", str(path), f"has the same content as {first[f['digest']]}"])
     size = getattr(DATASETS.get(name), "size", None)
-    return _row(name, split, expected, sum(label is not None for _, label, _ in pairs), found, problems, policy, size=size), problems
+    return _row(name, split, expected, sum(label is not None for _, label, _ in pairs), found, problems, policy,
+        size=size), problems
 
 # %% ../../nbs/18_check.ipynb #1594fcfd
 def main(arguments=None) -> int:
     "The exit status: 0 when all is well, 1 when something is wrong, 2 for wrong arguments."
-    parser = argparse.ArgumentParser(prog="python -m reinpp.data.check", description="Look at every file of datasets: numbers, pairs, sizes, label values, damage. Exit status 1 when something is wrong.")
-    parser.add_argument("names", nargs="*", help="dataset, or dataset:split; default: every set found under the data root")
+    parser = argparse.ArgumentParser(prog="python -m reinpp.data.check",
+        description="Look at every file of datasets: numbers, pairs, sizes, label values, damage. Exit status 1 when something is wrong.")
+    parser.add_argument(
+        "names", nargs="*", help="dataset, or dataset:split; default: every set found under the data root")
     parser.add_argument("--data-root", help="folder that holds the datasets (default: data/ of the checkout)")
-    parser.add_argument("--any-number", action="store_true", help="do not compare the number of images with the published one")
+    parser.add_argument("--any-number", action="store_true",
+        help="do not compare the number of images with the published one")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
     parser.add_argument("--again", action="store_true", help="look at everything anew, whatever has been seen before")
-    parser.add_argument("--cache", default="default", help="folder for what has been seen (default: data/runs/check of the checkout)")
+    parser.add_argument(
+        "--cache", default="default", help="folder for what has been seen (default: data/runs/check of the checkout)")
     a = parser.parse_args(arguments)
     root = Path(a.data_root) if a.data_root else data_folder()
-    names = a.names or [n for n, s in DATASETS.items() if isinstance(s, OnDisk) and any((root / f).is_dir() for f in s.folders)]
+    names = a.names or [n for n, s in DATASETS.items() if isinstance(s, OnDisk)
+        and any((root / f).is_dir() for f in s.folders)]
     if not names:
-        print(f"no dataset in {root}: name its folder with --data-root (data/README.md says where each set can be had)", file=sys.stderr)
+        print(f"no dataset in {root}: name its folder with --data-root (data/README.md says where each set can be had)",
+            file=sys.stderr)
         return 1
-    try: report = check(names, root, not a.any_number, a.workers, cache=None if a.again else a.cache)
+    try:
+        report = check(names, root, not a.any_number, a.workers, cache=None if a.again else a.cache)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -211,4 +274,5 @@ def main(arguments=None) -> int:
     return 0 if report.ok else 1
 
 # %% ../../nbs/18_check.ipynb #5ea1c3e1
-if __name__ == "__main__" and globals().get("__package__") == "reinpp": sys.exit(main())  # python -m, not a notebook
+if __name__ == "__main__" and globals().get("__package__") == "reinpp":
+    sys.exit(main())  # python -m, not a notebook

@@ -19,7 +19,7 @@ import sys
 import time
 import types
 import warnings
-from concurrent.futures import as_completed, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -39,22 +39,27 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 # %% ../../nbs/19_cityscapes_c.ipynb #7f5c7152
 class _Draws(np.random.RandomState):
-    "numpy's legacy generator, which the package was written for; pairs of integers (glass blur's) come from blocks, equal to single draws."
+    """numpy's legacy generator, which the package was written for.
+
+    Pairs of integers (glass blur's) come from blocks, equal to single draws."""
     pairs = None
 
     def randint(self, low, high=None, size=None, dtype=int):
         if size != (2,): return super().randint(low, high, size, dtype)
-        if self.pairs is None: self.pairs = self._blocks(low, high)
+        if self.pairs is None:
+            self.pairs = self._blocks(low, high)
         return next(self.pairs)
 
     def _blocks(self, low, high):
-        while True: yield from super().randint(low, high, (4096, 2)).tolist()
+        while True:
+            yield from super().randint(low, high, (4096, 2)).tolist()
 
 
 class _Numpy:
     "numpy, with the name that was removed, and with a `random` of our own."
     float_, random = np.float64, None
-    def __getattr__(self, name): return getattr(np, name)
+    def __getattr__(self, name):
+        return getattr(np, name)
 
 
 _package = None
@@ -65,8 +70,12 @@ def _corruptions():
     global _package
     if _package: return _package
     if importlib.util.find_spec("imagecorruptions") is None:
-        raise ImportError("imagecorruptions is not installed: pip install --no-deps imagecorruptions==1.1.2 (it needs opencv, scikit-image and scipy, which this project has)")
-    import skimage.color, skimage.filters, skimage.util
+        raise ImportError(
+            "imagecorruptions is not installed: pip install --no-deps imagecorruptions==1.1.2 (it needs opencv, "
+            "scikit-image and scipy, which this project has)")
+    import skimage.color
+    import skimage.filters
+    import skimage.util
     stub = types.ModuleType("pkg_resources")
     stub.resource_filename = lambda module, path: str(Path(sys.modules[module].__file__).parent / path)
     before = sys.modules.get("pkg_resources")
@@ -77,10 +86,13 @@ def _corruptions():
             import imagecorruptions.corruptions as module
     finally:
         del sys.modules["pkg_resources"]
-        if before is not None: sys.modules["pkg_resources"] = before
+        if before is not None:
+            sys.modules["pkg_resources"] = before
     module.np = _Numpy()
-    module.gaussian = lambda image, sigma=1, multichannel=False, **options: skimage.filters.gaussian(image, sigma, channel_axis=-1 if multichannel else None, **options)
-    salt_and_pepper = lambda image, **options: skimage.util.random_noise(image, rng=int(module.np.random.randint(2**31)), **options)
+    module.gaussian = lambda image, sigma=1, multichannel=False, **options: skimage.filters.gaussian(image, sigma,
+        channel_axis=-1 if multichannel else None, **options)
+    def salt_and_pepper(image, **options):
+        return skimage.util.random_noise(image, rng=int(module.np.random.randint(2**31)), **options)
     module.sk = types.SimpleNamespace(color=skimage.color, util=types.SimpleNamespace(random_noise=salt_and_pepper))
     _package = module
     return module
@@ -92,11 +104,16 @@ def corrupt(
     severity: int,  # 1 to 5
     seed: int = 0,  # 0 to 2**32 - 1
 ) -> np.ndarray:  # uint8 (H, W, 3)
-    "One corruption of `imagecorruptions`, reproducible: the same image, name, severity and seed give the same pixels. ImportError without the package."
-    if name not in CORRUPTIONS: raise ValueError(f"no corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
-    if severity not in SEVERITIES: raise ValueError(f"severity={severity!r}: use 1 to 5")
+    """One corruption of `imagecorruptions`, reproducible: the same image, name, severity and seed give the same pixels.
+
+    ImportError without the package."""
+    if name not in CORRUPTIONS:
+        raise ValueError(f"no corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
+    if severity not in SEVERITIES:
+        raise ValueError(f"severity={severity!r}: use 1 to 5")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 32:
-        raise ValueError(f"corrupt: {image.dtype} of shape {image.shape}; wanted is uint8 (H, W, 3) with sides of at least 32")
+        raise ValueError(
+            f"corrupt: {image.dtype} of shape {image.shape}; wanted is uint8 (H, W, 3) with sides of at least 32")
     from PIL import Image
     module = _corruptions()
     module.np.random = _Draws(seed)
@@ -117,7 +134,8 @@ def file_seed(
 def _made_with(seed):
     from importlib.metadata import version
     _corruptions()
-    return dict(seed=seed) | {p: version(p) for p in ("imagecorruptions", "numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow")}
+    return dict(seed=seed) | {p: version(p) for p in ("imagecorruptions", "numpy", "scipy", "scikit-image",
+        "opencv-python-headless", "pillow")}
 
 
 def _make(job):
@@ -125,10 +143,13 @@ def _make(job):
     from PIL import Image
     source, out, name, corruption, severity, seed = job
     start = time.perf_counter()
-    try: image = np.asarray(Image.open(Path(source) / name).convert("RGB"))
-    except (OSError, SyntaxError) as error: raise ValueError(f"{Path(source) / name}: cannot be read as an image ({error}); replace it") from None
+    try:
+        image = np.asarray(Image.open(Path(source) / name).convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{Path(source) / name}: cannot be read as an image ({error}); replace it") from None
     buffer = io.BytesIO()
-    Image.fromarray(corrupt(image, corruption, severity, file_seed(name, corruption, severity, seed))).save(buffer, "PNG")
+    Image.fromarray(corrupt(image, corruption, severity, file_seed(name, corruption, severity, seed))).save(buffer,
+        "PNG")
     path = f"{corruption}/{severity}/{Path(name).with_suffix('.png').as_posix()}"
     write_atomically(Path(out) / path, buffer.getvalue())
     return path, hashlib.sha256(buffer.getvalue()).hexdigest(), buffer.tell(), time.perf_counter() - start
@@ -154,45 +175,65 @@ def make_cityscapes_c(
 ) -> dict:  # files, made, rate (images a second), hours and gigabytes estimated for what was missing
     """Make the corrupted images that are not there yet, and their manifest. May be interrupted and called again.
 
-    FileNotFoundError without images; ValueError for a folder made with another seed or other versions, or an unreadable image; OSError where the disk is too small."""
+    FileNotFoundError without images; ValueError for a folder made with another seed or other versions, or an unreadable
+    image; OSError where the disk is too small."""
     from reinpp.data.datasets import IMAGE_SUFFIXES
     from reinpp.files import data_folder
     source = Path(source or data_folder() / "cityscapes" / "leftImg8bit" / "val")
     out = Path(out or data_folder() / "cityscapes_c")
-    names = sorted(p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    if not names: raise FileNotFoundError(f"{source}: no images; get leftImg8bit_trainvaltest.zip from https://www.cityscapes-dataset.com and unpack it there, or name the folder (source)")
+    names = sorted(p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
+        and not p.name.startswith("."))
+    if not names:
+        raise FileNotFoundError(
+            f"{source}: no images; get leftImg8bit_trainvaltest.zip from https://www.cityscapes-dataset.com and "
+            "unpack it there, or name the folder (source)")
     unknown = [c for c in corruptions if c not in CORRUPTIONS] + [s for s in severities if s not in SEVERITIES]
-    if unknown: raise ValueError(f"no corruption or severity {unknown[0]!r}; there are {', '.join(CORRUPTIONS)}, at 1 to 5")
+    if unknown:
+        raise ValueError(f"no corruption or severity {unknown[0]!r}; there are {', '.join(CORRUPTIONS)}, at 1 to 5")
     settings, note = _made_with(seed), out / "made_with.json"
     if note.exists() and (old := json.loads(note.read_text())) != settings:
         key = next(k for k in settings if settings[k] != old.get(k))
-        raise ValueError(f"{out} was made with {key} {old.get(key)}, now it would be {settings[key]}: pixels may differ. Use the same, or another folder")
+        raise ValueError(
+            f"{out} was made with {key} {old.get(key)}, now it would be {settings[key]}: pixels may differ. Use the "
+            "same, or another folder")
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.rglob(".*.tmp"): left.unlink()  # of a process that was killed
+    for left in out.rglob(".*.tmp"):
+        left.unlink()  # of a process that was killed
     write_atomically(note, (json.dumps(settings, indent=1) + "\n").encode())
 
     jobs = [(str(source), str(out), name, c, s, seed) for c in corruptions for s in severities for name in names]
-    target = lambda job: out / job[3] / str(job[4]) / Path(job[2]).with_suffix(".png")
+    def target(job):
+        return out / job[3] / str(job[4]) / Path(job[2]).with_suffix(".png")
     todo = [job for job in jobs if not target(job).exists()]
-    if not todo and not dry_run: print(f"all {len(jobs):,} files are there")
+    if not todo and not dry_run:
+        print(f"all {len(jobs):,} files are there")
     _complete_manifest(out)
     with open(out / "SHA256SUMS", "a") as log:
-        def record(made): log.write(f"{made[1]}  {made[0]}\n"); log.flush()
+        def record(made):
+            log.write(f"{made[1]}  {made[0]}\n")
+            log.flush()
 
         workers = min(workers or os.cpu_count(), max(1, len(todo)))
         missing = {c: [job for job in todo if job[3] == c] for c in corruptions}
-        first = {c: min(js, key=lambda job: abs(job[4] - 3)) for c, js in missing.items() if js}  # a middle severity stands for the others
+        # a middle severity stands for the others
+        first = {c: min(js, key=lambda job: abs(job[4] - 3)) for c, js in missing.items() if js}
         seconds = size = 0
         for c, job in first.items():
             made = _make(job)
             record(made)
-            size += made[2] * len(missing[c]); seconds += made[3] * len(missing[c])
+            size += made[2] * len(missing[c])
+            seconds += made[3] * len(missing[c])
         rate, hours = (len(todo) * workers / seconds, seconds / workers / 3600) if todo else (float("inf"), 0.)
         free = shutil.disk_usage(out).free
-        if todo: print(f"{len(corruptions)} corruptions x {len(severities)} severities x {len(names)} images = {len(jobs):,} files, {len(todo):,} to make; with {workers} process{'es' * (workers > 1)} "
-              f"about {rate:.2f} images/s, {hours:.1f} h, {size / 1e9:.1f} GB ({free / 1e9:.0f} GB free)", flush=True)
+        if todo:
+            print(f"{len(corruptions)} corruptions x {len(severities)} severities x {len(names)} images = {len(jobs):,} files, {len(todo):,} to make; with {workers} process{'es' * (workers > 1)} "
+                  f"about {rate:.2f} images/s, {hours:.1f} h, {size / 1e9:.1f} GB ({free / 1e9:.0f} GB free)",
+                  flush=True)
         result = dict(files=len(jobs), made=len(first), rate=rate, hours=hours, gigabytes=size / 1e9)
-        if size > free: raise OSError(f"{out}: about {size / 1e9:.0f} GB are needed and {free / 1e9:.0f} are free; name a folder on another disk (out), or make fewer (severities, corruptions)")
+        if size > free:
+            raise OSError(
+                f"{out}: about {size / 1e9:.0f} GB are needed and {free / 1e9:.0f} are free; name a folder on "
+                "another disk (out), or make fewer (severities, corruptions)")
         rest = [] if dry_run else [job for job in todo if job not in set(first.values())]
         start = said = time.monotonic()
         for done, made in enumerate(_run(rest, workers), 1):
@@ -206,19 +247,26 @@ def make_cityscapes_c(
 
 
 def _complete_manifest(out):
-    "Sorted, one whole line for each file that is there; a line that was lost with a killed process is made from its file."
+    """Sorted, one whole line for each file that is there.
+
+    A line that was lost with a killed process is made from its file."""
     hashes, found = read_manifest(out), sorted(p.relative_to(out).as_posix() for p in out.rglob("*.png"))
-    lines = [f"{hashes.get(p) or hashlib.sha256((out / p).read_bytes()).hexdigest()}  {p}\n" for p in sorted({*hashes, *found})]
+    lines = [f"{hashes.get(p) or hashlib.sha256((out / p).read_bytes()).hexdigest()}  {p}\n"
+        for p in sorted({*hashes, *found})]
     write_atomically(out / "SHA256SUMS", "".join(lines).encode())
 
 
 def _run(jobs, workers):
-    if workers == 1 or len(jobs) < 2: yield from map(_make, jobs); return
+    if workers == 1 or len(jobs) < 2:
+        yield from map(_make, jobs)
+        return
     import multiprocessing
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
-            for future in as_completed([pool.submit(_make, job) for job in jobs]): yield future.result()
-        except BaseException:  # Ctrl-C, or a bad image: what is under way is finished, the rest is left for the next call
+            for future in as_completed([pool.submit(_make, job) for job in jobs]):
+                yield future.result()
+        # Ctrl-C, or a bad image: what is under way is finished, the rest is left for the next call
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -230,20 +278,25 @@ def check_cityscapes_c(
     from reinpp.files import data_folder
     folder = Path(folder or data_folder() / "cityscapes_c")
     hashes, found = read_manifest(folder), {p.relative_to(folder).as_posix() for p in folder.rglob("*.png")}
-    wrong = [f"{p}: missing" if p not in found else f"{p}: changed" for p, h in sorted(hashes.items()) if p not in found or hashlib.sha256((folder / p).read_bytes()).hexdigest() != h]
+    wrong = [f"{p}: missing" if p not in found else f"{p}: changed" for p, h in sorted(hashes.items()) if p not in found
+        or hashlib.sha256((folder / p).read_bytes()).hexdigest() != h]
     return wrong + [f"{p}: not in the manifest" for p in sorted(found - hashes.keys())]
 
 # %% ../../nbs/19_cityscapes_c.ipynb #6d597785
 class _Corrupted:
     "Reader of another reader's images, corrupted; labels as they are."
-    def __init__(self, reader, corruption, severity, seed): self.reader, self.names, self.how = reader, reader.names, (corruption, severity, seed)
+    def __init__(self, reader, corruption, severity, seed):
+        self.reader, self.names, self.how = reader, reader.names, (corruption, severity, seed)
 
     def image(self, i):
         corruption, severity, seed = self.how
-        return corrupt(np.ascontiguousarray(self.reader.image(i)), corruption, severity, file_seed(self.names[i], corruption, severity, seed))
+        return corrupt(np.ascontiguousarray(self.reader.image(i)), corruption, severity,
+            file_seed(self.names[i], corruption, severity, seed))
 
-    def label(self, i): return self.reader.label(i)
-    def instances(self, i): return self.reader.instances(i)
+    def label(self, i):
+        return self.reader.label(i)
+    def instances(self, i):
+        return self.reader.instances(i)
 
 
 def corrupted(
@@ -254,4 +307,5 @@ def corrupted(
 ):
     "The dataset with its images corrupted while they are read."
     from reinpp.data.datasets import Dataset
-    return Dataset(f"{dataset.name} {corruption} {severity}", dataset.split, _Corrupted(dataset.reader, corruption, severity, seed), dataset.evaluated, dataset.labelled, dataset.classes)
+    return Dataset(f"{dataset.name} {corruption} {severity}", dataset.split,
+        _Corrupted(dataset.reader, corruption, severity, seed), dataset.evaluated, dataset.labelled, dataset.classes)

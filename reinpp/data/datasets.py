@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from .scenes import draw_scene, STYLES, WEATHERS
+from .scenes import STYLES, WEATHERS, draw_scene
 from ..files import BadFile, Member, read_bytes
 from ..labels import CLASSES, IGNORE
 
@@ -30,9 +30,13 @@ POLICIES = {"stop": (), "skip sizes": ("other size",), "skip": ("unreadable", "r
 
 
 class Dataset(torch.utils.data.Dataset):
-    """`ds[i]` is `(image, label, name)`: a `tv_tensors.Image` uint8 (3, H, W) in RGB, a `tv_tensors.Mask` uint8 (H, W) of trainIds with 255 = ignore (`None` without labels), and a str.
+    """`ds[i]` is `(image, label, name)`.
 
-    Raises BadFile (a ValueError), with the file's name, for a file that cannot be used, such as a label of another size than its image, unless `on_error` leaves it out; ValueError where a label is asked of a set without."""
+    A `tv_tensors.Image` uint8 (3, H, W) in RGB, a `tv_tensors.Mask` uint8 (H, W) of trainIds with 255 = ignore (`None`
+    without labels), and a str.
+
+    Raises BadFile (a ValueError), with the file's name, for a file that cannot be used, such as a label of another size
+    than its image, unless `on_error` leaves it out; ValueError where a label is asked of a set without."""
     def __init__(self,
         name: str,  # the set's name
         split: str,  # which part of it
@@ -43,17 +47,23 @@ class Dataset(torch.utils.data.Dataset):
         on_error: str = "stop",  # a key of `POLICIES`
         statistics=None,  # folder of the class statistics, see `class_statistics`; None: they are not kept
     ):
-        if on_error not in POLICIES: raise ValueError(f"{name}/{split}: on_error={on_error!r} is unknown; use one of {', '.join(map(repr, POLICIES))}")
+        if on_error not in POLICIES:
+            raise ValueError(
+                f"{name}/{split}: on_error={on_error!r} is unknown; use one of {', '.join(map(repr, POLICIES))}")
         self.name, self.split, self.reader, self.labelled, self.classes, self.on_error, self.statistics = name, split, reader, labels, tuple(classes), on_error, statistics
         self.evaluated = tuple(range(len(self.classes))) if evaluated is None else tuple(evaluated)
         # in shared memory, so that data-loading processes write into one list
-        self.bad = {kind: torch.zeros(len(reader.names), dtype=torch.bool).share_memory_() for kind in ("image", "pair")} if POLICIES[on_error] else None
+        self.bad = {kind: torch.zeros(len(reader.names), dtype=torch.bool).share_memory_()
+            for kind in ("image", "pair")} if POLICIES[on_error] else None
 
-    def __len__(self): return len(self.reader.names)
-    def __repr__(self): return f"{self.name}/{self.split}: {len(self)} images, {'labelled' if self.labelled else 'no labels'}"
+    def __len__(self):
+        return len(self.reader.names)
+    def __repr__(self):
+        return f"{self.name}/{self.split}: {len(self)} images, {'labelled' if self.labelled else 'no labels'}"
 
     def _index(self, i):
-        if not -len(self) <= i < len(self): raise IndexError(f"{self.name}/{self.split} has {len(self)} images, there is no number {i}")
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self.name}/{self.split} has {len(self)} images, there is no number {i}")
         return int(i) % len(self)
 
     def read_image(self, i: int) -> tv_tensors.Image:
@@ -62,21 +72,29 @@ class Dataset(torch.utils.data.Dataset):
 
     def read_label(self, i: int) -> tv_tensors.Mask:
         "Label `i`: uint8 (H, W) trainIds, 255 = ignore. ValueError where the set has no labels or was opened without."
-        if not self.labelled: raise ValueError(f"{self.name}/{self.split} has no labels here: it was opened with labels=False, or its labels are not published, or it is a folder without masks")
+        if not self.labelled:
+            raise ValueError(
+                f"{self.name}/{self.split} has no labels here: it was opened with labels=False, or its labels are "
+                "not published, or it is a folder without masks")
         return tv_tensors.Mask(torch.from_numpy(self.reader.label(self._index(i)).copy()))
 
     def instances(self, i: int) -> torch.Tensor:
         "Which drawn thing each pixel belongs to: int32 (H, W), ids > 0 (embedded scenes only)."
         return torch.from_numpy(self.reader.instances(self._index(i)).astype(np.int32))
 
-    def __getitem__(self, i): return self._read(i, "pair" if self.labelled else "image", self._item)
+    def __getitem__(self, i):
+        return self._read(i, "pair" if self.labelled else "image", self._item)
 
-    def _image(self, i): return tv_tensors.Image(torch.from_numpy(self.reader.image(i).copy()).permute(2, 0, 1).contiguous())
+    def _image(self, i):
+        return tv_tensors.Image(torch.from_numpy(self.reader.image(i).copy()).permute(2, 0, 1).contiguous())
 
     def _item(self, i):
         image, label, name = self._image(i), self.read_label(i) if self.labelled else None, self.reader.names[i]
         if label is not None and label.shape[-2:] != image.shape[-2:]:
-            raise BadFile(f"{self.name}/{self.split} {name}: the label is {label.shape[-1]}x{label.shape[-2]} and the image {image.shape[-1]}x{image.shape[-2]} pixels; they must agree: replace or remove the pair", "other size")
+            raise BadFile(
+                f"{self.name}/{self.split} {name}: the label is {label.shape[-1]}x{label.shape[-2]} and the image "
+                f"{image.shape[-1]}x{image.shape[-2]} pixels; they must agree: replace or remove the pair",
+                "other size")
         return image, label, name
 
     # ---- what `on_error` leaves out
@@ -84,27 +102,38 @@ class Dataset(torch.utils.data.Dataset):
     def _read(self, i, kind, read):
         i = self._index(i)
         while True:
-            if self.bad is not None: i = self.actual(i, kind)
-            try: return read(i)
+            if self.bad is not None:
+                i = self.actual(i, kind)
+            try:
+                return read(i)
             except BadFile as error:
-                if error.kind not in POLICIES[self.on_error]: raise
+                if error.kind not in POLICIES[self.on_error]:
+                    raise
                 self.bad[kind][i] = True
                 n = int(self.bad[kind].sum())
-                if n == len(self) or n > max(10, len(self) // 100): raise BadFile(f"{self.name}/{self.split}: {n} of {len(self)} images are bad, too many to leave out (python -m reinpp.data.check lists them); the last: {error}") from None
+                if n == len(self) or n > max(10, len(self) // 100):
+                    raise BadFile(
+                        f"{self.name}/{self.split}: {n} of {len(self)} images are bad, too many to leave out "
+                        f"(python -m reinpp.data.check lists them); the last: {error}") from None
                 warnings.warn(f"{self.name}/{self.split}: left out, {n} so far: {error}", stacklevel=4)
 
     def actual(self, i: int, kind: str | None = None) -> int:
-        "The number of the pair that `ds[i]` has given: `i`, or its stand-in's where `i` was left out (ask after reading). With proposals or other things kept by number, use this one."
+        """The number of the pair that `ds[i]` has given.
+
+        `i`, or its stand-in's where `i` was left out (ask after reading). With proposals or other things kept by
+        number, use this one."""
         i = self._index(i)
         if self.bad is not None:
             bad = self.bad[kind or ("pair" if self.labelled else "image")]
-            while bad[i]: i = (i + 1) % len(self)
+            while bad[i]:
+                i = (i + 1) % len(self)
         return i
 
     @property
     def skipped(self) -> list[str]:
         "Names of what has been left out so far, in all processes."
-        return [] if self.bad is None else [self.reader.names[i] for i in torch.nonzero(self.bad["image"] | self.bad["pair"]).flatten().tolist()]
+        return [] if self.bad is None else [self.reader.names[i]
+            for i in torch.nonzero(self.bad["image"] | self.bad["pair"]).flatten().tolist()]
 
 # %% ../../nbs/14_datasets.ipynb #39f24140
 class Scenes:
@@ -120,7 +149,8 @@ class Scenes:
         self.names = [f"{weather}_{style}_{seed}" for seed in seeds]
         self.kept = {}
 
-    def draw(self, i): return draw_scene(self.seeds[i], self.weather, self.style, self.size)
+    def draw(self, i):
+        return draw_scene(self.seeds[i], self.weather, self.style, self.size)
 
     def pair(self, i):
         if i not in self.kept:
@@ -128,22 +158,33 @@ class Scenes:
             self.kept[i] = scene.image, scene.label if self.labels else None
         return self.kept[i]
 
-    def image(self, i): return self.pair(i)[0]
-    def label(self, i): return self.pair(i)[1]
-    def instances(self, i): return self.draw(i).instances
+    def image(self, i):
+        return self.pair(i)[0]
+    def label(self, i):
+        return self.pair(i)[1]
+    def instances(self, i):
+        return self.draw(i).instances
 
 
 def open_scenes(split, root=None, labels=True, style="camera", count=None, size=(128, 256)):
-    """Embedded scenes. Splits `train` and `val` (by day), `night/train`, `night/val`, and so on for each weather. `root` is not used: nothing is on disk.
+    """Embedded scenes.
 
-    Seeds: weather's place in `WEATHERS` * 100,000 + i, `val` 50,000 further, style "game" 1,000,000 further. ValueError for an unknown split or style, or more than 50,000 scenes."""
-    splits = [part if weather == WEATHERS[0] else f"{weather}/{part}" for weather in WEATHERS for part in ("train", "val")]
+    Splits `train` and `val` (by day), `night/train`, `night/val`, and so on for each weather. `root` is not used:
+    nothing is on disk.
+
+    Seeds: weather's place in `WEATHERS` * 100,000 + i, `val` 50,000 further, style "game" 1,000,000 further. ValueError
+    for an unknown split or style, or more than 50,000 scenes."""
+    splits = [part if weather == WEATHERS[0] else f"{weather}/{part}" for weather in WEATHERS
+        for part in ("train", "val")]
     weather, _, part = split.rpartition("/")
     weather = weather or WEATHERS[0]
-    if weather not in WEATHERS or part not in ("train", "val"): raise ValueError(f"scenes: no split {split!r}; there are {', '.join(splits)}")
-    if style not in STYLES: raise ValueError(f"scenes: no style {style!r}; there are {', '.join(STYLES)}")
+    if weather not in WEATHERS or part not in ("train", "val"):
+        raise ValueError(f"scenes: no split {split!r}; there are {', '.join(splits)}")
+    if style not in STYLES:
+        raise ValueError(f"scenes: no style {style!r}; there are {', '.join(STYLES)}")
     count = {"train": 800, "val": 100}[part] if count is None else count
-    if not 0 < count <= 50_000: raise ValueError(f"scenes: count must be 1 to 50,000, got {count}")
+    if not 0 < count <= 50_000:
+        raise ValueError(f"scenes: count must be 1 to 50,000, got {count}")
     first = WEATHERS.index(weather) * 100_000 + (50_000 if part == "val" else 0) + (1_000_000 if style == "game" else 0)
     return Dataset("scenes", split, _drawn(first, count, weather, style, tuple(size), labels), labels=labels)
 
@@ -162,34 +203,58 @@ def _decode(path, modes, kind, rotation="refuse"):
     from PIL import Image, ImageOps
     try:
         with Image.open(io.BytesIO(read_bytes(path)) if isinstance(path, Member) else path) as file:
-            if file.mode not in modes: raise BadFile(f"{path}: {kind} of mode {file.mode}; these can be read: {', '.join(modes)}. Convert the file")
+            if file.mode not in modes:
+                raise BadFile(
+                    f"{path}: {kind} of mode {file.mode}; these can be read: {', '.join(modes)}. Convert the file")
             if rotation != "ignore" and file.getexif().get(0x0112, 1) in range(2, 9):
-                if rotation == "refuse": raise BadFile(f"{path}: its EXIF tag says that it is to be rotated; rotate its pixels and remove the tag, so that image and label agree, or choose (rotation='apply' or 'ignore')", "rotated")
+                if rotation == "refuse":
+                    raise BadFile(
+                        f"{path}: its EXIF tag says that it is to be rotated; rotate its pixels and remove the tag, "
+                        "so that image and label agree, or choose (rotation='apply' or 'ignore')", "rotated")
                 file = ImageOps.exif_transpose(file)
             return np.asarray(file.convert("RGB") if kind == "image" else file)
-    except BadFile: raise
-    except (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:  # missing, truncated, not an image, no permission
-        raise BadFile(f"{path}: cannot be read as an image ({error}); replace or remove it, or change its permissions") from None
+    except BadFile:
+        raise
+    # missing, truncated, not an image, no permission
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile,
+    Image.DecompressionBombError) as error:
+        raise BadFile(
+            f"{path}: cannot be read as an image ({error}); replace or remove it, or change its permissions") from None
 
 
 def _decode_red16(path):
     "The first channel of a 16-bit colour PNG, which PIL would cut down to 8 bits."
     import cv2
-    try: data = read_bytes(path)
-    except (OSError, zipfile.BadZipFile, zlib.error) as error: raise BadFile(f"{path}: cannot be read as an image ({error}); replace or remove it, or change its permissions") from None
-    channels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if b"IEND" in data[-12:] else None  # blue, green, red
-    if channels is None: raise BadFile(f"{path}: cannot be read as an image (a damaged or truncated PNG, or none at all); replace or remove it")
-    if channels.dtype != np.uint16 or channels.shape[2:] != (3,): raise BadFile(f"{path}: a label of this set has 16 bits and 3 channels, with the class in the first; this file has {8 * channels.itemsize} bits and {channels[0, 0].size}. Is it from another folder?")
+    try:
+        data = read_bytes(path)
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadFile(
+            f"{path}: cannot be read as an image ({error}); replace or remove it, or change its permissions") from None
+    # blue, green, red
+    channels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if b"IEND" in data[-12:] else None
+    if channels is None:
+        raise BadFile(
+            f"{path}: cannot be read as an image (a damaged or truncated PNG, or none at all); replace or remove it")
+    if channels.dtype != np.uint16 or channels.shape[2:] != (3,):
+        raise BadFile(
+            f"{path}: a label of this set has 16 bits and 3 channels, with the class in the first; this file has "
+            f"{8 * channels.itemsize} bits and {channels[0, 0].size}. Is it from another folder?")
     return channels[..., 2]
 
 
 def read_image(path, rotation: str = "refuse") -> np.ndarray:
-    "An image file as uint8 (H, W, 3) RGB. BadFile, with the path, for anything unreadable, CMYK, deeper grey than 8 bits or with an EXIF rotation (see above)."
+    """An image file as uint8 (H, W, 3) RGB.
+
+    BadFile, with the path, for anything unreadable, CMYK, deeper grey than 8 bits or with an EXIF rotation (see above).
+    """
     return _decode(path, ("RGB", "RGBA", "L", "P"), "image", rotation)
 
 
 class LabelForm:
-    "How label files are written: which ids may occur and what they mean, what the stem ends with, and whether the id is the first of three 16-bit channels (Synthia)."
+    """How label files are written.
+
+    Which ids may occur and what they mean, what the stem ends with, and whether the id is the first of three 16-bit
+    channels (Synthia)."""
     def __init__(self,
         ids: dict,  # {id in the file: trainId or 255}, every id that may occur
         end: str = "",  # of the file's stem, `_gtFine_labelIds`
@@ -202,11 +267,16 @@ class LabelForm:
 
 
 def read_label(path, form: LabelForm) -> np.ndarray:
-    "A label file as uint8 (H, W) trainIds. BadFile, with path and value, for an id that is not in `form`, and for files that are not 8-bit with one channel (or 16-bit with three, where the form says so)."
+    """A label file as uint8 (H, W) trainIds.
+
+    BadFile, with path and value, for an id that is not in `form`, and for files that are not 8-bit with one channel (or
+    16-bit with three, where the form says so)."""
     ids = _decode_red16(path) if form.deep else _decode(path, ("L", "P"), "label")
     small = np.minimum(ids, 255).astype(np.uint8) if form.deep else ids
     if not form.known.take(small).all() or small is not ids and ids.max() > 255:
-        raise BadFile(f"{path}: label value {ids[~form.known[small] | (ids > 255)][0]} is not in the map of ids (known: {_ranges(np.flatnonzero(form.known))}); is this the right dataset?", "unknown value")
+        raise BadFile(
+            f"{path}: label value {ids[~form.known[small] | (ids > 255)][0]} is not in the map of ids (known: "
+            f"{_ranges(np.flatnonzero(form.known))}); is this the right dataset?", "unknown value")
     return form.table.take(small)
 
 
@@ -214,8 +284,10 @@ def _ranges(values):
     "`0-11, 255` for a sorted list of numbers."
     runs = []
     for v in map(int, values):
-        if runs and runs[-1][1] == v - 1: runs[-1][1] = v
-        else: runs.append([v, v])
+        if runs and runs[-1][1] == v - 1:
+            runs[-1][1] = v
+        else:
+            runs.append([v, v])
     return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
 
 
@@ -224,24 +296,34 @@ class Files:
     def __init__(self,
         image_paths,  # one path (or `Member`) per image
         label_paths=None,  # as many, or None: no labels
-        forms=None,  # of the labels: one `LabelForm` for all, or one each; {file id: trainId} is short for `LabelForm(ids)`
+        # of the labels: one `LabelForm` for all, or one each; {file id: trainId} is short for `LabelForm(ids)`
+        forms=None,
         keep: bool = False,  # keep decoded images and labels in memory
         rotation: str = "refuse",  # one of `ROTATIONS`
         root: Path | None = None,  # the set's folder
     ):
-        if rotation not in ROTATIONS: raise ValueError(f"rotation={rotation!r} is unknown; use one of {', '.join(ROTATIONS)}")
-        self.image_paths, self.label_paths, self.kept, self.rotation, self.root = list(image_paths), label_paths, {} if keep else None, rotation, root
-        self.forms = forms if isinstance(forms, list) else [forms if isinstance(forms, LabelForm) else LabelForm(forms or {})] * len(self.image_paths)
+        if rotation not in ROTATIONS:
+            raise ValueError(f"rotation={rotation!r} is unknown; use one of {', '.join(ROTATIONS)}")
+        self.image_paths, self.label_paths, self.kept, self.rotation, self.root = list(
+            image_paths), label_paths, {} if keep else None, rotation, root
+        self.forms = forms if isinstance(forms, list) else [forms if isinstance(forms, LabelForm)
+            else LabelForm(forms or {})] * len(self.image_paths)
         self.names = [p.stem for p in self.image_paths]
 
     def once(self, key, read, *args):
         if self.kept is None: return read(*args)
-        if key not in self.kept: self.kept[key] = read(*args)
+        if key not in self.kept:
+            self.kept[key] = read(*args)
         return self.kept[key]
 
-    def image(self, i): return self.once(("image", i), read_image, self.image_paths[i], self.rotation)
-    def label(self, i): return self.once(("label", i), read_label, self.label_paths[i], self.forms[i])
-    def instances(self, i): raise ValueError(f"{self.image_paths[i]}: only the embedded scenes know their instances; make proposals from the image instead")
+    def image(self, i):
+        return self.once(("image", i), read_image, self.image_paths[i], self.rotation)
+    def label(self, i):
+        return self.once(("label", i), read_label, self.label_paths[i], self.forms[i])
+    def instances(self, i):
+        raise ValueError(
+            f"{self.image_paths[i]}: only the embedded scenes know their instances; make proposals from the image "
+            "instead")
 
 # %% ../../nbs/14_datasets.ipynb #56906908
 class Concat:
@@ -255,18 +337,30 @@ class Concat:
         k = bisect.bisect_right(self.ends, i)
         return self.datasets[k].reader, i - (self.ends[k - 1] if k else 0)
 
-    def image(self, i): reader, j = self.at(i); return reader.image(j)
-    def label(self, i): reader, j = self.at(i); return reader.label(j)
-    def instances(self, i): reader, j = self.at(i); return reader.instances(j)
+    def image(self, i):
+        reader, j = self.at(i)
+        return reader.image(j)
+    def label(self, i):
+        reader, j = self.at(i)
+        return reader.label(j)
+    def instances(self, i):
+        reader, j = self.at(i)
+        return reader.instances(j)
 
 
 def concat(
     datasets,  # of the same classes
 ) -> Dataset:
-    "Plain concatenation, as several sources are trained on. `evaluated` is the union, `on_error` the most lenient. ValueError where class names differ or nothing is given."
+    """Plain concatenation, as several sources are trained on.
+
+    `evaluated` is the union, `on_error` the most lenient. ValueError where class names differ or nothing is given."""
     datasets = list(datasets)
-    if not datasets: raise ValueError("concat: no datasets given")
+    if not datasets:
+        raise ValueError("concat: no datasets given")
     for ds in datasets:
-        if ds.classes != datasets[0].classes: raise ValueError(f"concat: {ds.name} and {datasets[0].name} have different classes")
-    return Dataset("+".join(ds.name for ds in datasets), "+".join(ds.split for ds in datasets), Concat(datasets), sorted(set().union(*(ds.evaluated for ds in datasets))),
-        all(ds.labelled for ds in datasets), datasets[0].classes, max((ds.on_error for ds in datasets), key=list(POLICIES).index))
+        if ds.classes != datasets[0].classes:
+            raise ValueError(f"concat: {ds.name} and {datasets[0].name} have different classes")
+    return Dataset("+".join(ds.name for ds in datasets), "+".join(ds.split for ds in datasets), Concat(datasets),
+        sorted(set().union(*(ds.evaluated for ds in datasets))),
+        all(ds.labelled for ds in datasets), datasets[0].classes,
+        max((ds.on_error for ds in datasets), key=list(POLICIES).index))

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from .datasets import Concat, Dataset, Files, POLICIES
-from ..files import BadFile, each, Member, Progress, write_together
+from .datasets import POLICIES, Concat, Dataset, Files
+from ..files import BadFile, Member, Progress, each, write_together
 from ..labels import IGNORE
 
 # %% ../../nbs/16_sampling.ipynb #79e514a4
@@ -34,9 +34,11 @@ def fold(
 # %% ../../nbs/16_sampling.ipynb #ec5e4d21
 def _pixels(dataset, i):
     K = len(dataset.classes)
-    try: return torch.bincount(dataset.read_label(i).flatten(), minlength=IGNORE + 1)[:K].numpy()
+    try:
+        return torch.bincount(dataset.read_label(i).flatten(), minlength=IGNORE + 1)[:K].numpy()
     except BadFile as error:
-        if error.kind not in POLICIES[dataset.on_error]: raise
+        if error.kind not in POLICIES[dataset.on_error]:
+            raise
         return np.zeros(K, np.int64)  # never drawn for a class
 
 
@@ -45,8 +47,12 @@ def class_pixels(
     workers: int | None = None,  # processes, see `each`
     progress: bool | None = None,  # a bar; None: on a terminal only
 ) -> torch.Tensor:
-    "How many pixels of each class each image has: int64 (len, K). Reads every label once: keep the result and hand it to `Sampler`. Labels that `on_error` leaves out count nothing."
-    if getattr(dataset.reader, "kept", None) is not None: workers = 0  # what is kept in memory is kept by the process that reads it
+    """How many pixels of each class each image has: int64 (len, K).
+
+    Reads every label once: keep the result and hand it to `Sampler`. Labels that `on_error` leaves out count nothing.
+    """
+    if getattr(dataset.reader, "kept", None) is not None:
+        workers = 0  # what is kept in memory is kept by the process that reads it
     counts = []
     show = {None: "auto", True: "auto", False: "none"}[progress]
     with Progress(len(dataset), f"{dataset.name}/{dataset.split}: counting classes", "file", show=show) as bar:
@@ -65,7 +71,9 @@ def rare_class_probabilities(
     frequencies: torch.Tensor,  # (K,), 0 = the class does not occur
     temperature: float = 0.01,  # smaller: rarer classes take more
 ) -> torch.Tensor:
-    "P(class) = softmax((1 - frequency) / temperature) over the classes that occur, 0 for the others: float64 (K,). Rare Class Sampling of DAFormer (Hoyer et al., 2022)."
+    """P(class) = softmax((1 - frequency) / temperature) over the classes that occur, 0 for the others: float64 (K,).
+
+    Rare Class Sampling of DAFormer (Hoyer et al., 2022)."""
     logits = (1 - frequencies.double()) / temperature
     return logits.masked_fill(frequencies == 0, -torch.inf).softmax(0)
 
@@ -74,11 +82,14 @@ STATISTICS = "sample_class_stats.json", "sample_class_stats_dict.json", "samples
 
 
 def _label_names(dataset, i):
-    "Of label `i`: its path in the statistics, relative to the root and under its converted name, and the file's own name."
+    """Of label `i`.
+
+    Its path in the statistics, relative to the root and under its converted name, and the file's own name."""
     reader = dataset.reader
     if not isinstance(reader, Files): return reader.names[i], reader.names[i]
     path, form = reader.label_paths[i], reader.forms[i]
-    inside = PurePosixPath(path.inside) if isinstance(path, Member) else path.relative_to(reader.root) if reader.root and path.is_relative_to(reader.root) else path
+    inside = PurePosixPath(path.inside) if isinstance(path,
+        Member) else path.relative_to(reader.root) if reader.root and path.is_relative_to(reader.root) else path
     return inside.with_name(path.stem.removesuffix(form.end) + form.converted + path.suffix).as_posix(), path.name
 
 
@@ -87,20 +98,27 @@ def write_statistics(
     counts: torch.Tensor,  # (len, K) from `class_pixels`
     folder,  # where; it is made if it is not there
 ) -> None:
-    "The three JSON files: a list of `{trainId: pixels, ..., file: path}` with the classes that occur, the same as a dictionary by path, and `{trainId: [[path, pixels], ...]}`."
-    entries = [({str(c): n for c, n in enumerate(row) if n}, _label_names(dataset, i)[0]) for i, row in enumerate(counts.tolist())]
+    """The three JSON files: a list of `{trainId: pixels, ..., file.
+
+    Path}` with the classes that occur, the same as a dictionary by path, and `{trainId: [[path, pixels], ...]}`."""
+    entries = [({str(c): n for c, n in enumerate(row) if n}, _label_names(dataset, i)[0]) for i,
+        row in enumerate(counts.tolist())]
     with_class = {}
     for row, path in entries:
-        for c, n in row.items(): with_class.setdefault(c, []).append([path, n])
+        for c, n in row.items():
+            with_class.setdefault(c, []).append([path, n])
     contents = [row | {"file": path} for row, path in entries], {path: row for row, path in entries}, with_class
-    write_together({Path(folder) / name: json.dumps(content, indent=2).encode() for name, content in zip(STATISTICS, contents)})
+    write_together(
+        {Path(folder) / name: json.dumps(content, indent=2).encode() for name, content in zip(STATISTICS, contents)})
 
 
 def read_statistics(
     dataset: Dataset,
     folder,  # holds `sample_class_stats.json`, ours or another converter's
 ) -> torch.Tensor:
-    "Counts (len, K) as `class_pixels` gives. ValueError for a damaged file, for images without an entry, and where the first label has other counts."
+    """Counts (len, K) as `class_pixels` gives.
+
+    ValueError for a damaged file, for images without an entry, and where the first label has other counts."""
     path = Path(folder) / STATISTICS[0]
     counts = torch.zeros(len(dataset), len(dataset.classes), dtype=torch.int64)
     try:
@@ -108,11 +126,19 @@ def read_statistics(
         for i in range(len(dataset)):
             converted, own = _label_names(dataset, i)
             entry = entries.get(converted.rpartition("/")[2]) or entries.get(own)
-            if entry is None: raise ValueError(f"it has no entry for {converted}")
+            if entry is None:
+                raise ValueError(f"it has no entry for {converted}")
             for c, n in entry.items():
-                if c != "file": counts[i, int(c)] = n
-    except (ValueError, KeyError, TypeError, IndexError) as error: raise ValueError(f"{path}: no class statistics of {dataset.name}/{dataset.split} ({type(error).__name__}: {error}); remove it to count anew, or name another folder (statistics=...)") from None
-    if not np.array_equal(_pixels(dataset, 0), counts[0]): raise ValueError(f"{path}: its counts for {_label_names(dataset, 0)[0]} are not those of the label; remove it to count anew, or name another folder (statistics=...)")
+                if c != "file":
+                    counts[i, int(c)] = n
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{path}: no class statistics of {dataset.name}/{dataset.split} ({type(error).__name__}: {error}); "
+            "remove it to count anew, or name another folder (statistics=...)") from None
+    if not np.array_equal(_pixels(dataset, 0), counts[0]):
+        raise ValueError(
+            f"{path}: its counts for {_label_names(dataset, 0)[0]} are not those of the label; remove it to count "
+            "anew, or name another folder (statistics=...)")
     return counts
 
 
@@ -122,26 +148,37 @@ def class_statistics(
     workers: int | None = None,  # see `each`
     progress: bool | None = None,  # a bar; None: on a terminal only
 ) -> torch.Tensor:
-    "Counts (len, K): read from `folder` where they are there, else counted and written there. Of a concatenation, those of its parts. PermissionError, before counting, for a folder that cannot be written."
-    if isinstance(dataset.reader, Concat) and folder is None: return torch.cat([class_statistics(part, None, workers, progress) for part in dataset.reader.datasets])
+    """Counts (len, K): read from `folder` where they are there, else counted and written there.
+
+    Of a concatenation, those of its parts. PermissionError, before counting, for a folder that cannot be written."""
+    if isinstance(dataset.reader, Concat) and folder is None:
+        return torch.cat([class_statistics(part, None, workers, progress) for part in dataset.reader.datasets])
     folder = folder or dataset.statistics
     if not dataset.labelled or folder is None: return class_pixels(dataset, workers, progress)
     if (Path(folder) / STATISTICS[0]).exists(): return read_statistics(dataset, folder)
     above = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
-    if not os.access(above, os.W_OK): raise PermissionError(f"{dataset.name}/{dataset.split}: class statistics cannot be written into {folder}; name a folder for them (statistics=...)")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(
+            f"{dataset.name}/{dataset.split}: class statistics cannot be written into {folder}; name a folder for "
+            "them (statistics=...)")
     counts = class_pixels(dataset, workers, progress)
     write_statistics(dataset, counts, folder)
     return counts
 
 # %% ../../nbs/16_sampling.ipynb #9e97b510
 @lru_cache(maxsize=8)
-def _permutation(n, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+def _permutation(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Sampler:
-    """Which image is sample number `key`. With `rcs`, a class is drawn from `rare_class_probabilities` and then an image that has more than `min_pixels` of it.
+    """Which image is sample number `key`.
 
-    A class that no image has enough of is left out (`missing` lists those; their share goes to the others in proportion). ValueError where no class is left."""
+    With `rcs`, a class is drawn from `rare_class_probabilities` and then an image that has more than `min_pixels` of
+    it.
+
+    A class that no image has enough of is left out (`missing` lists those; their share goes to the others in
+    proportion). ValueError where no class is left."""
     def __init__(self,
         dataset: Dataset,  # labels are read only for rcs without counts
         rcs: bool = False,  # rare class sampling
@@ -152,17 +189,24 @@ class Sampler:
         self.length, self.probabilities, self.missing = len(dataset), None, ()
         if not rcs: return
         counts = class_statistics(dataset) if counts is None else counts
-        if len(counts) != len(dataset): raise ValueError(f"class counts are for {len(counts)} images and {dataset.name}/{dataset.split} has {len(dataset)}; count again")
+        if len(counts) != len(dataset):
+            raise ValueError(
+                f"class counts are for {len(counts)} images and {dataset.name}/{dataset.split} has {len(dataset)}; "
+                "count again")
         self.images = [torch.nonzero(enough).flatten().tolist() for enough in (counts > min_pixels).T]
         has_image, frequencies = torch.tensor([len(i) > 0 for i in self.images]), class_frequencies(counts)
-        if not has_image.any(): raise ValueError(f"rare class sampling on {dataset.name}/{dataset.split}: no image has more than {min_pixels} pixels of any class; lower min_pixels")
+        if not has_image.any():
+            raise ValueError(
+                f"rare class sampling on {dataset.name}/{dataset.split}: no image has more than {min_pixels} pixels "
+                "of any class; lower min_pixels")
         self.missing = tuple(torch.nonzero((frequencies > 0) & ~has_image).flatten().tolist())
         self.probabilities = rare_class_probabilities(frequencies * has_image, temperature)
         self._cumulative = self.probabilities.cumsum(0).tolist()
 
     def draw(self, key: int, seed: int):
         "`(index, wanted class or None)` of sample `key`: a pure function of the two."
-        if self.probabilities is None: return _permutation(self.length, fold(seed, key // self.length, -3))[key % self.length], None
+        if self.probabilities is None:
+            return _permutation(self.length, fold(seed, key // self.length, -3))[key % self.length], None
         u = fold(seed, key, -1) / 2**63 * self._cumulative[-1]
         wanted = bisect.bisect_right(self._cumulative, u)
         return self.images[wanted][fold(seed, key, -2) % len(self.images[wanted])], wanted

@@ -16,11 +16,11 @@ from ..labels import CLASSES
 # %% ../../nbs/10_scene_canvas.ipynb #29f4df5c
 class _Camera(NamedTuple):
     "The perspective rule; x to the right, y up, z ahead, in metres."
-    focal: float   # pixels
-    u0: float      # column of the vanishing point
-    v0: float      # row of the horizon
+    focal: float  # pixels
+    u0: float  # column of the vanishing point
+    v0: float  # row of the horizon
     height: float  # metres above the street
-    bend: float    # curvature of the street, 1 / metres
+    bend: float  # curvature of the street, 1 / metres
 
     def at(self, x, y, z):
         "World point(s) in metres to pixel (u, v)."
@@ -84,8 +84,8 @@ class _Canvas:
         self.image = np.zeros((height, width, 3), np.uint8)
         self.ids = np.zeros((height, width), np.uint16)
         self.classes, self.depths = [255], [200.0]  # of id 0, which no pixel keeps
-        self.lights = []                            # (id, points, colour), for the dark
-        self.lamps = []                             # (u, v, radius, colour), for the dark
+        self.lights = []  # (id, points, colour), for the dark
+        self.lamps = []  # (u, v, radius, colour), for the dark
 
     def thing(self, name, z):
         "Announce a new thing of a class at a depth; returns its id."
@@ -113,7 +113,8 @@ class _Canvas:
         "A piece of ground between x0 and x1, along the bent street."
         steps = _STEPS if self.camera.bend and z1 > 4 * z0 else _ENDS
         depths = [z0 * (z1 / z0) ** s for s in steps]
-        self.fill(thing, [self.camera.at(x0, 0.0, z) for z in depths] + [self.camera.at(x1, 0.0, z) for z in depths[::-1]], colour)
+        self.fill(thing, [self.camera.at(x0, 0.0, z) for z in depths]
+            + [self.camera.at(x1, 0.0, z) for z in depths[::-1]], colour)
 
     def light(self, thing, corners, colour):
         "A lit area on a thing, seen only where the thing itself is seen."

@@ -59,7 +59,8 @@ def _house(c, r, x, z0, z1, height):
     for i in range(2):
         for y in ya[:3]:
             xs = x + side * (2.0 + 3.5 * i)
-            c.fill(0, (at(xs, y, z0), at(xs + 1.2 * side, y, z0), at(xs + 1.2 * side, y + tall, z0), at(xs, y + tall, z0)),
+            c.fill(0, (at(xs, y, z0), at(xs + 1.2 * side, y, z0), at(xs + 1.2 * side, y + tall, z0),
+                at(xs, y + tall, z0)),
                    _shade(glass, 0.9))
 
 
@@ -78,7 +79,8 @@ def _fence(c, r, x, z0, z1):
     thing, height = c.thing("fence", z0), r(1.1, 2.0)
     colour = r.near(r.pick(((196, 186, 170), (120, 90, 66), (70, 82, 76), (210, 210, 214))), 12)
     at = c.camera.at
-    c.cv2.fillPoly(c.ids, [c.points((at(x, 0, z0), at(x, 0, z1), at(x, height, z1), at(x, height, z0)))], thing, shift=3)
+    c.cv2.fillPoly(c.ids, [c.points((at(x, 0, z0), at(x, 0, z1), at(x, height, z1), at(x, height, z0)))], thing,
+        shift=3)
     for y in (0.25, height * 0.55, height - 0.1):
         c.quad(0, x, z0, z1, y, y + 0.12, _shade(colour, 0.9))
     za = np.arange(z0, z1 - 0.2, 0.5 if z0 < 12 else 1.0)[:, None]
@@ -135,7 +137,8 @@ def _traffic_light(c, r, x, z):
     s, on = c.stand("traffic light", x, z), r.count(0, 2)
     s.box(-0.31, top - 0.15, 0.31, top + 1.35, r.near((200, 180, 40), 14) if r.chance(0.25) else (28, 32, 34))
     s.box(-0.24, top - 0.08, 0.24, top + 1.28, (24, 26, 28))
-    for i, (lamp, dim) in enumerate((((60, 240, 120), (24, 62, 40)), ((255, 190, 40), (70, 54, 24)), ((255, 60, 50), (78, 24, 24)))):
+    for i, (lamp, dim) in enumerate(
+            (((60, 240, 120), (24, 62, 40)), ((255, 190, 40), (70, 54, 24)), ((255, 60, 50), (78, 24, 24)))):
         s.disc(0, top + 0.2 + 0.4 * i, 0.17, 0.17, lamp if i == on else dim, detail=True)
         if i == on:
             s.glow(0, top + 0.2 + 0.4 * i, 0.17, lamp, halo=0.9)
@@ -149,15 +152,18 @@ def _sign(c, r, x, z):
     s, half = c.stand("traffic sign", x, z), r(0.42, 0.58)
     red, blue, white = r.near((200, 34, 36), 12), r.near((30, 80, 180), 12), (236, 236, 236)
     if kind == 0:
-        s.disc(0, y, half, half, red); s.disc(0, y, half * 0.68, half * 0.68, white, True)
+        s.disc(0, y, half, half, red)
+        s.disc(0, y, half * 0.68, half * 0.68, white, True)
         s.box(-half * 0.3, y - half * 0.3, half * 0.3, y + half * 0.3, (30, 30, 30), True)
     elif kind == 1:
-        s.disc(0, y, half, half, blue); s.poly(((-half * .3, y - half * .4), (half * .3, y - half * .4), (0, y + half * .6)), white, True)
+        s.disc(0, y, half, half, blue)
+        s.poly(((-half * .3, y - half * .4), (half * .3, y - half * .4), (0, y + half * .6)), white, True)
     elif kind == 2:
         s.poly(((-half * 1.1, y - half), (half * 1.1, y - half), (0, y + half)), red)
         s.poly(((-half * .66, y - half * .72), (half * .66, y - half * .72), (0, y + half * .5)), white, True)
     elif kind == 3:
-        s.box(-half, y - half, half, y + half, blue); s.box(-half * .5, y - half * .6, half * .5, y + half * .5, white, True)
+        s.box(-half, y - half, half, y + half, blue)
+        s.box(-half * .5, y - half * .6, half * .5, y + half * .5, white, True)
     else:
         s.box(-half * 1.5, y - half * .6, half * 1.5, y + half * .8, r.near((240, 200, 30), 10))
         s.box(-half * 1.1, y, half * 1.1, y + half * .2, (40, 40, 40), True)
@@ -216,14 +222,18 @@ def _car(c, r, x, z, oncoming=False):
         xi = xs + (0.12 if x > 0 else -0.12)
         cabin = at(xs, belt, z + .1), at(xs, belt, z + long * .75), at(xi, roof, z + long * .6), at(xi, roof, z + .4)
         c.fill(s.thing, cabin, dark)
-        c.fill(0, (at(xi, belt + .05, z + .4), at(xi, belt + .05, z + long * .66), at(xi, roof - .1, z + long * .56), at(xi, roof - .1, z + .5)), _GLASS)
-        c.fill(s.thing, (at(xs, 0, z + .5), at(xs, 0, z + long - .5), at(xs, .3, z + long - .5), at(xs, .3, z + .5)), _TYRE)
+        c.fill(0, (at(xi, belt + .05, z + .4), at(xi, belt + .05, z + long * .66), at(xi, roof - .1, z + long * .56),
+            at(xi, roof - .1, z + .5)), _GLASS)
+        c.fill(s.thing, (at(xs, 0, z + .5), at(xs, 0, z + long - .5), at(xs, .3, z + long - .5), at(xs, .3, z + .5)),
+            _TYRE)
         _wheel(c, xs, z + 0.75, 0.33)
         _wheel(c, xs, z + long - 0.75, 0.33)
-    s.box(-half, 0, -half + 0.24, 0.4, _TYRE); s.box(half - 0.24, 0, half, 0.4, _TYRE)
+    s.box(-half, 0, -half + 0.24, 0.4, _TYRE)
+    s.box(half - 0.24, 0, half, 0.4, _TYRE)
     s.box(-half, 0.2, half, belt, colour)
     s.poly(((-half * .96, belt), (half * .96, belt), (half * .78, roof), (-half * .78, roof)), _shade(colour, 0.92))
-    s.poly(((-half * .84, belt + .04), (half * .84, belt + .04), (half * .7, roof - .12), (-half * .7, roof - .12)), _shade(_GLASS, 1.2 if oncoming else 0.9), True)
+    s.poly(((-half * .84, belt + .04), (half * .84, belt + .04), (half * .7, roof - .12), (-half * .7, roof - .12)),
+        _shade(_GLASS, 1.2 if oncoming else 0.9), True)
     s.box(-half, 0.2, half, 0.38, _shade(colour, 0.6), True)
     s.box(-0.28, 0.42, 0.28, 0.56, (226, 226, 220), True)
     _lights(s, r, half - 0.18, belt - 0.2, oncoming)
@@ -248,7 +258,8 @@ def _truck(c, r, x, z, oncoming=False):
         c.quad(0, xs, za + .3, zb - .5, 1.6, 2.4, _GLASS)
         for zz in (z + 1.0, z + long * 0.55, z + long - 1.0):
             _wheel(c, xs, zz, 0.5)
-    s.box(-half, 0, -half + 0.45, 0.8, _TYRE); s.box(half - 0.45, 0, half, 0.8, _TYRE)
+    s.box(-half, 0, -half + 0.45, 0.8, _TYRE)
+    s.box(half - 0.45, 0, half, 0.8, _TYRE)
     if oncoming:
         s.box(-half, 0.8, half, tall, _shade(cargo, 0.9))
         s.box(-half, 0.35, half, 2.75, cab)
@@ -276,10 +287,12 @@ def _bus(c, r, x, z, oncoming=False):
         for zz in np.linspace(z, z + long, 7)[1:-1]:
             c.quad(0, xs, zz, zz + 0.15, 1.2, tall - 0.5, _shade(colour, 0.7))
         at = c.camera.at
-        c.light(s.thing, (at(xs, 1.3, z + .4), at(xs, 1.3, z + long - .4), at(xs, tall - .6, z + long - .4), at(xs, tall - .6, z + .4)), (190, 180, 140))
+        c.light(s.thing, (at(xs, 1.3, z + .4), at(xs, 1.3, z + long - .4), at(xs, tall - .6, z + long - .4),
+            at(xs, tall - .6, z + .4)), (190, 180, 140))
         _wheel(c, xs, z + 2.2, 0.5)
         _wheel(c, xs, z + long - 2.4, 0.5)
-    s.box(-half, 0, -half + 0.35, 0.5, _TYRE); s.box(half - 0.35, 0, half, 0.5, _TYRE)
+    s.box(-half, 0, -half + 0.35, 0.5, _TYRE)
+    s.box(half - 0.35, 0, half, 0.5, _TYRE)
     s.box(-half, 0.25, half, tall, colour)
     s.box(-half * .9, 1.15, half * .9, tall - 0.55, _GLASS, True)
     s.box(-half * .6, tall - 0.45, half * .6, tall - 0.12, (24, 22, 20), True)
@@ -304,7 +317,8 @@ def _train(c, r, x, z, oncoming=False):
         c.cv2.fillPoly(c.image, list(quads), _GLASS, shift=3)
         c.lights.extend((s.thing, quad, (230, 214, 160)) for quad in quads)
         c.quad(0, xs, z, z + long, 1.18, 1.36, (220, 180, 50))
-    s.line(0, tall, 0.4, tall + 0.9, 0.07, (60, 60, 64)); s.line(-0.6, tall + 0.9, 0.6, tall + 0.9, 0.07, (60, 60, 64))
+    s.line(0, tall, 0.4, tall + 0.9, 0.07, (60, 60, 64))
+    s.line(-0.6, tall + 0.9, 0.6, tall + 0.9, 0.07, (60, 60, 64))
     s.poly(((-half, .1), (half, .1), (half, 2.6), (half * .8, tall), (-half * .8, tall), (-half, 2.6)), high)
     s.box(-half, 0.1, half, 1.2, low, True)
     s.box(-half, 1.15, half, 1.35, (220, 180, 50), True)
@@ -319,11 +333,13 @@ def _crossing_car(c, r, x, z):
     colour, flip, long = r.near(r.pick(_PAINTS), 16), r.pick((-1, 1)), r(3.9, 4.6)
     _shadow(c, x, z - 0.3, z + 1.5, long / 2)
     s, h = c.stand("car", x, z), long / 2
-    s.poly([(flip * a * h, b) for a, b in ((-1, .28), (1, .28), (1, .7), (.62, .86), (.3, 1.42), (-.5, 1.45), (-.82, .92), (-1, .86))], colour)
+    s.poly([(flip * a * h, b) for a, b in ((-1, .28), (1, .28), (1, .7), (.62, .86), (.3, 1.42), (-.5, 1.45),
+        (-.82, .92), (-1, .86))], colour)
     s.poly([(flip * a * h, b) for a, b in ((.5, .9), (.26, 1.34), (-.06, 1.36), (-.06, .9))], _GLASS, True)
     s.poly([(flip * a * h, b) for a, b in ((-.14, .9), (-.14, 1.36), (-.46, 1.36), (-.68, .92))], _GLASS, True)
     for a in (-0.6, 0.62):
-        s.disc(flip * a * h, 0.34, 0.34, 0.34, _TYRE); s.disc(flip * a * h, 0.34, 0.16, 0.16, (150, 150, 154), True)
+        s.disc(flip * a * h, 0.34, 0.34, 0.34, _TYRE)
+        s.disc(flip * a * h, 0.34, 0.16, 0.16, (150, 150, 154), True)
     s.glow(flip * h * .97, 0.68, 0.12, (255, 250, 224), halo=1.0)
     s.glow(-flip * h * .97, 0.74, 0.12, (255, 40, 40))
 
@@ -334,26 +350,32 @@ def _crossing_box(c, r, x, z, name):
     _shadow(c, x, z - 0.3, z + 2.0, h)
     s = c.stand(name, x, z)
     if name == "truck":
-        cargo, cab = r.near((214, 212, 206), 20), r.near(r.pick(((200, 60, 40), (40, 80, 160), (236, 200, 60), (60, 130, 90))), 12)
+        cargo, cab = r.near((214, 212, 206), 20), r.near(
+            r.pick(((200, 60, 40), (40, 80, 160), (236, 200, 60), (60, 130, 90))), 12)
         lo, hi = sorted((-flip * h, flip * (h - 2.2)))
-        s.box(-h, 0.5, h, 0.9, (44, 44, 48)); s.box(lo, 0.9, hi, 3.4, cargo)
+        s.box(-h, 0.5, h, 0.9, (44, 44, 48))
+        s.box(lo, 0.9, hi, 3.4, cargo)
         for a in np.linspace(lo, hi, 5)[1:-1]:
             s.box(a, 0.9, a + .12, 3.4, _shade(cargo, 0.7), True)
         lo, hi = sorted((flip * (h - 2.0), flip * h))
-        s.box(lo, 0.4, hi, 2.7, cab); s.box(lo + .4, 1.6, hi - .4, 2.4, _GLASS, True)
+        s.box(lo, 0.4, hi, 2.7, cab)
+        s.box(lo + .4, 1.6, hi - .4, 2.4, _GLASS, True)
         wheels = (-.75, -.5, .75)
     elif name == "bus":
         colour = r.near(r.pick(((222, 60, 40), (240, 180, 30), (240, 130, 30), (120, 190, 60))), 14)
         s.box(-h, 0.2, h, 3.0, colour)
         for a in np.linspace(-h, h, 7)[:-1]:
-            s.box(a + .2, 1.2, a + h / 3 - .1, 2.5, _GLASS, True); s.glow(a + .8, 1.85, 0.5, (190, 180, 140))
+            s.box(a + .2, 1.2, a + h / 3 - .1, 2.5, _GLASS, True)
+            s.glow(a + .8, 1.85, 0.5, (190, 180, 140))
         wheels = (-.6, .6)
     else:
         low, high = r.near(r.pick(((40, 110, 90), (60, 70, 130), (130, 30, 46))), 12), r.near((226, 220, 200), 10)
         s.poly(((-h, .1), (h, .1), (h, 2.4), (h - .8, 3.4), (-h + .8, 3.4), (-h, 2.4)), high)
-        s.box(-h, .1, h, 1.2, low, True); s.box(-h, 1.15, h, 1.35, (220, 180, 50), True)
+        s.box(-h, .1, h, 1.2, low, True)
+        s.box(-h, 1.15, h, 1.35, (220, 180, 50), True)
         for a in np.arange(-h + .7, h - 1.4, 2.1):
-            s.box(a, 1.5, a + 1.5, 2.6, _GLASS, True); s.glow(a + .75, 2.05, 0.5, (230, 214, 160))
+            s.box(a, 1.5, a + 1.5, 2.6, _GLASS, True)
+            s.glow(a + .75, 2.05, 0.5, (230, 214, 160))
         wheels = ()
     for a in wheels:
         s.disc(a * h, 0.5, 0.5, 0.5, _TYRE)
@@ -361,10 +383,12 @@ def _crossing_box(c, r, x, z, name):
 
 def _body(s, r, lean=0.0, seat=None, helmet=None):
     "Head, trunk, arms and legs; seated on a saddle at `seat` metres, or walking."
-    shirt, trousers, skin = r.near(r.pick(_CLOTHES), 16), r.near(r.pick(((46, 52, 80), (40, 40, 44), (110, 96, 76), (80, 84, 92))), 10), r.pick(_SKIN)
+    shirt, trousers, skin = r.near(r.pick(_CLOTHES), 16), r.near(
+        r.pick(((46, 52, 80), (40, 40, 44), (110, 96, 76), (80, 84, 92))), 10), r.pick(_SKIN)
     if seat is None:
         step, hip, neck = r(0.05, 0.3), 0.86, 1.46
-        s.line(-0.02, hip, -step, 0.06, 0.19, trousers); s.line(0.02, hip, step, 0.06, 0.19, _shade(trousers, 0.85))
+        s.line(-0.02, hip, -step, 0.06, 0.19, trousers)
+        s.line(0.02, hip, step, 0.06, 0.19, _shade(trousers, 0.85))
     else:
         hip, neck = seat, seat + 0.58
     width = r(0.19, 0.25)
@@ -398,18 +422,23 @@ def _two_wheeler(c, r, x, z, name, ridden, across):
     if across:
         for a in (-reach, reach):
             s.disc(a, radius, radius, radius, _TYRE)
-            s.disc(a, radius, radius * (.5 if motor else .74), radius * (.5 if motor else .74), (130, 130, 134) if motor else (150, 146, 140), True)
+            s.disc(a, radius, radius * (.5 if motor else .74), radius * (.5 if motor else .74), (130, 130, 134) if motor
+                else (150, 146, 140), True)
         if motor:
-            s.poly([(flip * a, b) for a, b in ((-.62, .72), (-.5, .9), (0, .82), (.3, 1.0), (.62, .9), (.45, .4), (-.35, .32))], colour)
+            s.poly([(flip * a, b) for a, b in ((-.62, .72), (-.5, .9), (0, .82), (.3, 1.0), (.62, .9), (.45, .4),
+                (-.35, .32))], colour)
             s.poly([(flip * a, b) for a, b in ((-.3, .32), (.3, .32), (.22, .6), (-.2, .6))], (70, 70, 74), True)
             s.line(flip * .4, 0.9, flip * .3, 1.15, 0.07, (40, 40, 44))
         else:
-            for a, b, a2, b2 in ((-.5, .36, -.15, .8), (-.15, .8, .38, .82), (-.05, .34, .38, .82), (-.5, .36, -.05, .34), (.38, .95, .56, .36), (-.15, .95, -.05, .34)):
+            for a, b, a2, b2 in ((-.5, .36, -.15, .8), (-.15, .8, .38, .82), (-.05, .34, .38, .82),
+                    (-.5, .36, -.05, .34), (.38, .95, .56, .36), (-.15, .95, -.05, .34)):
                 s.line(flip * a, b, flip * a2, b2, 0.07, colour)
-            s.line(flip * .3, 1.0, flip * .46, 1.0, 0.07, (40, 40, 44)); s.line(-flip * .26, .96, -flip * .04, .96, 0.08, (40, 40, 44))
+            s.line(flip * .3, 1.0, flip * .46, 1.0, 0.07, (40, 40, 44))
+            s.line(-flip * .26, .96, -flip * .04, .96, 0.08, (40, 40, 44))
         if rider:
             shirt, trousers = _body(rider, r, lean=flip * 0.16, seat=seat, helmet=helmet)
-            rider.line(0, seat, flip * .22, seat - .36, 0.17, trousers); rider.line(flip * .22, seat - .36, flip * .04, 0.25, 0.15, trousers)
+            rider.line(0, seat, flip * .22, seat - .36, 0.17, trousers)
+            rider.line(flip * .22, seat - .36, flip * .04, 0.25, 0.15, trousers)
             rider.line(flip * .14, seat + .45, flip * .42, 1.06, 0.11, _shade(shirt, 0.85))
     else:
         wide = 0.16 if motor else 0.09
@@ -419,7 +448,8 @@ def _two_wheeler(c, r, x, z, name, ridden, across):
             s.poly(((-.26, .4), (.26, .4), (.22, 1.0), (-.22, 1.0)), colour)
             s.disc(0, 0.92, 0.11, 0.11, (250, 246, 220), True)
         else:
-            s.line(0, 0.5, 0, 1.0, 0.09, colour); s.box(-0.1, 0.92, 0.1, 1.0, (40, 40, 44))
+            s.line(0, 0.5, 0, 1.0, 0.09, colour)
+            s.box(-0.1, 0.92, 0.1, 1.0, (40, 40, 44))
         if rider:
             shirt, trousers = _body(rider, r, seat=seat, helmet=helmet)
             for side in (-1, 1):

@@ -14,7 +14,8 @@ from ..labels import CLASSES
 # %% ../../nbs/12_scene_weather.ipynb #0413d2e3
 _GROUND = np.isin(np.arange(256), [CLASSES.index(n) for n in ("road", "sidewalk", "terrain")])
 _ROAD, _SKY, _GREEN = (CLASSES.index(n) for n in ("road", "sky", "vegetation"))
-_CARRIES_SNOW = np.isin(np.arange(256), [CLASSES.index(n) for n in ("building", "wall", "fence", "vegetation", "car", "truck",
+_CARRIES_SNOW = np.isin(
+    np.arange(256), [CLASSES.index(n) for n in ("building", "wall", "fence", "vegetation", "car", "truck",
                                                                      "bus", "train", "traffic sign", "traffic light")])
 
 
@@ -75,7 +76,8 @@ _TEXTURE[:19] = [(9, 8), (10, 10), (8, 8), (18, 14), (8, 4), (6, 2), (3, 0), (3,
 def _texture(look, share):
     "Roughness by class: leaves most, sky least; share of 256."
     grain, blots = (np.take(column, look.label) for column in (_TEXTURE * share >> 8).T)
-    look.add(((look.grain.astype(np.int16) - 128) * grain >> 7) + ((look.clouds(24).astype(np.int16) - 128) * blots >> 7))
+    look.add(((look.grain.astype(np.int16) - 128) * grain >> 7)
+        + ((look.clouds(24).astype(np.int16) - 128) * blots >> 7))
 
 
 def _night(look, strength):
@@ -148,7 +150,8 @@ def _snow(look, strength):
     look.blend((look.label == _SKY) * np.uint16(230 * strength), (tone, tone + 2, tone + 5))
     look.saturate(int(256 - 70 * strength))
     blots = look.clouds(14).astype(np.int16) + (look.grain >> 2)
-    cover = np.where(np.take(_GROUND, look.label), np.minimum(np.maximum(blots + int(r(90, 150)), 120), 250), np.int16(0))
+    cover = np.where(np.take(_GROUND, look.label), np.minimum(np.maximum(blots + int(r(90, 150)), 120), 250),
+        np.int16(0))
     cover = np.where(look.label == _ROAD, np.minimum(np.maximum(blots - int(r(-20, 60)), 30), 220), cover)
     cover = np.where(look.label == _GREEN, np.minimum(np.maximum((blots - 120) * 2, 0), 190), cover)
     carries = np.take(_CARRIES_SNOW, look.label)

@@ -11,10 +11,26 @@ from typing import NamedTuple
 import numpy as np
 
 from .scene_canvas import _Camera, _Canvas, _Draws, _shade
-from .scene_things import _bus, _car, _crossing_box, _crossing_car, _fence, _GRASS, _hedge, _house
-from .scene_things import _lamp_post, _person, _sign, _traffic_light, _train, _tree, _truck
-from .scene_things import _two_wheeler, _wall
-from .scene_weather import _Look, _style, _texture, _WEATHER
+from reinpp.data.scene_things import (
+    _GRASS,
+    _bus,
+    _car,
+    _crossing_box,
+    _crossing_car,
+    _fence,
+    _hedge,
+    _house,
+    _lamp_post,
+    _person,
+    _sign,
+    _traffic_light,
+    _train,
+    _tree,
+    _truck,
+    _two_wheeler,
+    _wall,
+)
+from .scene_weather import _WEATHER, _Look, _style, _texture
 from ..labels import CLASSES
 
 # %% ../../nbs/13_scenes.ipynb #1ed5a844
@@ -26,8 +42,8 @@ STYLES = ("game", "camera")
 
 class Scene(NamedTuple):
     "One drawn street."
-    image: np.ndarray      # (H, W, 3) uint8 RGB
-    label: np.ndarray      # (H, W) uint8 trainIds, every pixel labelled
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    label: np.ndarray  # (H, W) uint8 trainIds, every pixel labelled
     instances: np.ndarray  # (H, W) uint16, ids from 1: each separately drawn thing has its own
 
 # %% ../../nbs/13_scenes.ipynb #ff1a618c
@@ -38,14 +54,16 @@ def _street(c, r):
 
     # sky and skyline
     sky = c.thing("sky", 200.0)
-    top, low = np.array(r.near(r.pick(((88, 136, 206), (120, 160, 214), (150, 170, 196))), 12)), np.array(r.near((204, 218, 232), 10))
+    top, low = np.array(r.near(r.pick(((88, 136, 206), (120, 160, 214), (150, 170, 196))), 12)), np.array(
+        r.near((204, 218, 232), 10))
     ramp = np.linspace(0, 256, max(horizon, 1)).astype(np.int64)[:, None]
     c.image[:horizon] = ((top * (256 - ramp) + low * ramp) >> 8).astype(np.uint8)[:horizon, None]
     c.ids[:] = sky
     for _ in range(r.count(0, 5)):
         u, v, w = r(0, c.width), r(0, horizon * 0.7 + 1), r(0.06, 0.2) * c.width
         for _ in range(3):
-            c.cv2.ellipse(c.image, (round(u + r(-w, w)), round(v + r(-2, 3))), (max(1, round(w * r(.4, .9))), max(1, round(w * r(.1, .2)))), 0, 0, 360, r.near((240, 243, 247), 8), -1)
+            c.cv2.ellipse(c.image, (round(u + r(-w, w)), round(v + r(-2, 3))),
+                (max(1, round(w * r(.4, .9))), max(1, round(w * r(.1, .2)))), 0, 0, 360, r.near((240, 243, 247), 8), -1)
     far = c.thing("vegetation", 90.0) if r.chance(0.6) else c.thing("building", 90.0)
     green = CLASSES[c.classes[far]] == "vegetation"
     step = max(c.width / 12, 2)
@@ -130,7 +148,8 @@ def _street(c, r):
 
     # things, as (depth, how to draw)
     things = []
-    add = lambda z, draw, *args: things.append((z, len(things), draw, args))
+    def add(z, draw, *args):
+        return things.append((z, len(things), draw, args))
     for k in range(ours + theirs):  # moving traffic
         x, oncoming, z = right - (k + .5) * lane, k >= ours, r(6.0, 16.0)
         own = abs(x) < lane / 2
@@ -148,7 +167,8 @@ def _street(c, r):
                     add(z, _truck if kind < 0.855 else _bus, x, z, oncoming)
                     z += 7
                 elif z < 24:
-                    add(z, _two_wheeler, x + r(-.8, .8), z, r.pick(("motorcycle", "motorcycle", "bicycle")), True, False)
+                    add(z, _two_wheeler, x + r(-.8, .8), z, r.pick(("motorcycle", "motorcycle", "bicycle")), True,
+                        False)
             z += r(7.0, 16.0)
     for i, side in ((0, -1), (1, 1)):
         if parking[i]:
@@ -182,10 +202,12 @@ def _street(c, r):
                 z += r(6.0, 12.0)
         for _ in range(2 if r.chance(0.28) else 0):  # parked two-wheelers
             z = r(4.5, 11.0)
-            add(z, _two_wheeler, inner - side * r(.2, .9), z, r.pick(("bicycle", "bicycle", "motorcycle")), False, r.chance(.8))
+            add(z, _two_wheeler, inner - side * r(.2, .9), z, r.pick(("bicycle", "bicycle", "motorcycle")), False,
+                r.chance(.8))
         if r.chance(0.22):  # a cyclist at the side of the road
             z = r(5.5, 14.0)
-            add(z, _two_wheeler, (road_l, road_r)[i] - side * (2.9 if parking[i] else .7), z, r.pick(("bicycle", "bicycle", "motorcycle")), True, r.chance(.4))
+            add(z, _two_wheeler, (road_l, road_r)[i] - side * (2.9 if parking[i] else .7), z,
+                r.pick(("bicycle", "bicycle", "motorcycle")), True, r.chance(.4))
     if cross:
         for x in (r(-14, -4), r(-2, 6), r(8, 16)):
             kind, z = r(), r(cross[0] + 1.0, cross[1] - 2.0)
@@ -208,18 +230,22 @@ def _check(value, options, what):
 
 def _canvas(r, height, width, dark):
     "An empty canvas under a random camera."
-    camera = _Camera(focal=height * r(1.1, 1.3), u0=width * r(0.42, 0.58), v0=height * r(0.38, 0.47), height=r(1.35, 1.75),
+    camera = _Camera(focal=height * r(1.1, 1.3), u0=width * r(0.42, 0.58), v0=height * r(0.38, 0.47),
+        height=r(1.35, 1.75),
                      bend=r(-0.002, 0.002) if r.chance(0.5) else 0.0)
     return _Canvas(height, width, camera, dark)
 
 
 def draw_scene(
-    seed: int,                # which street; any integer from 0
-    weather: str = "day",     # one of `WEATHERS`
-    style: str = "camera",    # one of `STYLES`
+    seed: int,  # which street; any integer from 0
+    weather: str = "day",  # one of `WEATHERS`
+    style: str = "camera",  # one of `STYLES`
     size: tuple[int, int] = (128, 256),  # height and width in pixels
-) -> Scene:                   # image (H, W, 3) uint8, label (H, W) uint8, instances (H, W) uint16
-    "Draw one street. The seed alone decides what is there; the same arguments give the same bytes. Raises ValueError on an unknown weather or style, a negative seed or a size under 32."
+) -> Scene:  # image (H, W, 3) uint8, label (H, W) uint8, instances (H, W) uint16
+    """Draw one street.
+
+    The seed alone decides what is there; the same arguments give the same bytes. Raises ValueError on an unknown
+    weather or style, a negative seed or a size under 32."""
     _check(weather, WEATHERS, "weather")
     _check(style, STYLES, "style")
     height, width = size
@@ -237,9 +263,9 @@ def draw_scene(
 
 # %% ../../nbs/13_scenes.ipynb #dff1ab81
 def style_pair(
-    seed: int,                           # which pair; pre-training uses seeds from 10,000,000
+    seed: int,  # which pair; pre-training uses seeds from 10,000,000
     size: tuple[int, int] = (128, 128),  # height and width in pixels
-) -> tuple[np.ndarray, np.ndarray]:      # styled and clean, both (H, W, 3) uint8
+) -> tuple[np.ndarray, np.ndarray]:  # styled and clean, both (H, W, 3) uint8
     "A crop of a street in a heavily randomised style, and the same crop clean. No labels are involved."
     r, (height, width) = _Draws(seed, 2), size
     weather, strength, zoom = r.pick(WEATHERS), r(0.4, 1.0), 0.8 * 2.2 ** r()
@@ -261,7 +287,8 @@ def style_pair(
         mix = np.eye(3) * (1 - (leak := r(0.0, 0.7))) + leak * r.rng.dirichlet((1, 1, 1), 3)
         parts = [np.rint(256 * mix[i]).astype(np.int32) for i in range(3)]
         red, green, blue = (channel.astype(np.int32) for channel in cv2.split(look.image))
-        look.image = cv2.merge([np.minimum((red * a + green * b + blue * c) >> 8, 255).astype(np.uint8) for a, b, c in parts])
+        look.image = cv2.merge(
+            [np.minimum((red * a + green * b + blue * c) >> 8, 255).astype(np.uint8) for a, b, c in parts])
     _texture(look, r.count(0, 300))
     if weather != "day":
         _WEATHER[weather](look, strength)
@@ -272,6 +299,7 @@ def style_pair(
     curve = low + (high - low) * (np.arange(256) / 255) ** gamma
     look.image = cv2.LUT(look.image, np.rint(curve.clip(0, 255)).astype(np.uint8))
     if r.chance(0.7):
-        noise = np.frombuffer(r.rng.bytes(height * width * 3), np.uint8).reshape(height, width, 3).astype(np.int16) - 128
+        noise = np.frombuffer(r.rng.bytes(height * width * 3), np.uint8).reshape(height, width,
+            3).astype(np.int16) - 128
         look.add(noise * r.count(2, 26) >> 7)
     return look.image, clean

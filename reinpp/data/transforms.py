@@ -7,7 +7,8 @@ __all__ = ['Geometry', 'short_edge_size', 'resize_image', 'resize_label', 'shift
            'class_mix', 'strong_augment', 'random_block_mask', 'mix_images', 'hide_blocks', 'pasta', 'adv_style']
 
 # %% ../../nbs/17_transforms.ipynb #c765df13
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -19,7 +20,8 @@ from ..processes import all_gather, get_world_size, local_rows
 
 # %% ../../nbs/17_transforms.ipynb #7409c4d7
 class Geometry(NamedTuple):
-    "Resize to `size`, cut `crop` from (`top`, `left`) as far as the image reaches, flip that part left to right if `flip`, pad at right and bottom to `crop`. All in pixels, (height, width)."
+    """Resize to `size`, cut `crop` from (`top`, `left`) as far as the image reaches, flip that part left to right if
+    `flip`, pad at right and bottom to `crop`. All in pixels, (height, width)."""
     size: tuple  # height, width after resizing
     top: int
     left: int
@@ -39,7 +41,10 @@ class Geometry(NamedTuple):
 
 # %% ../../nbs/17_transforms.ipynb #c669332b
 def short_edge_size(height: int, width: int, short: int, max_long: int):
-    "Height and width with the aspect kept: the short edge becomes `short`, or less where the long edge would exceed `max_long`. Rounded to the nearest pixel."
+    """Height and width with the aspect kept.
+
+    The short edge becomes `short`, or less where the long edge would exceed `max_long`. Rounded to the nearest pixel.
+    """
     scale = min(short / min(height, width), max_long / max(height, width))
     return int(height * scale + .5), int(width * scale + .5)
 
@@ -54,41 +59,53 @@ def resize_label(label: torch.Tensor, size) -> torch.Tensor:
     return F.resize(label[None], list(size), interpolation=v2.InterpolationMode.NEAREST)[0]
 
 # %% ../../nbs/17_transforms.ipynb #80ed3ab9
-def _uniform(low, high): return torch.empty(()).uniform_(low, high).item()
-def _coin(p=.5): return torch.rand(()).item() < p
-def _randint(n): return int(torch.randint(n, ()))
+def _uniform(low, high):
+    return torch.empty(()).uniform_(low, high).item()
+def _coin(p=.5):
+    return torch.rand(()).item() < p
+def _randint(n):
+    return int(torch.randint(n, ()))
 
 
 _CHANNEL = torch.tensor([5., 3., 1.]).view(3, 1, 1)
 
 
 def shift_hsv(image: torch.Tensor, saturation: float = 1., hue: float = 0.) -> torch.Tensor:
-    "Multiply the HSV saturation of (..., 3, H, W) in [0, 1] by `saturation`, at most to 1, and turn the hue by `hue`, in turns."
+    """Multiply the HSV saturation of (..., 3, H, W) in [0, 1] by `saturation`, at most to 1, and turn the hue by `hue`,
+    in turns."""
     low, value = image.aminmax(dim=-3, keepdim=True)
     spread = value - low
     r, g, b = image.split(1, -3)
-    h = torch.where(value == r, g - b, torch.where(value == g, b - r + 2 * spread, r - g + 4 * spread)) / spread.clamp_min(1e-6)
+    h = torch.where(
+        value == r, g - b, torch.where(value == g, b - r + 2 * spread, r - g + 4 * spread)) / spread.clamp_min(1e-6)
     k = (_CHANNEL.to(image) + (h + 6 * hue)).remainder(6)
     return value - torch.minimum(saturation * spread, value) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def photometric_distortion(image: torch.Tensor) -> torch.Tensor:
-    "Brightness +-32/255, contrast and saturation 0.5 to 1.5, hue +-18/180, each with p = 0.5: float (3, H, W) in [0, 1], and back."
-    def contrast(x): return (x * _uniform(.5, 1.5)).clamp(0, 1) if _coin() else x
-    if _coin(): image = (image + _uniform(-32, 32) / 255).clamp(0, 1)
+    """Brightness +-32/255, contrast and saturation 0.5 to 1.5, hue +-18/180, each with p = 0.5.
+
+    Float (3, H, W) in [0, 1], and back."""
+    def contrast(x):
+        return (x * _uniform(.5, 1.5)).clamp(0, 1) if _coin() else x
+    if _coin():
+        image = (image + _uniform(-32, 32) / 255).clamp(0, 1)
     contrast_first = _coin()
-    if contrast_first: image = contrast(image)
+    if contrast_first:
+        image = contrast(image)
     saturation = _uniform(.5, 1.5) if _coin() else 1.
     hue = _uniform(-18, 18) / 180 if _coin() else 0.
-    if (saturation, hue) != (1., 0.): image = shift_hsv(image, saturation, hue)
+    if (saturation, hue) != (1., 0.):
+        image = shift_hsv(image, saturation, hue)
     return image if contrast_first else contrast(image)
 
 # %% ../../nbs/17_transforms.ipynb #1cefb994
 class TrainTransform:
     """Augmentation for training, by the recipe of Rein (Sec. VI-A). All randomness is from torch's global generator.
 
-    Call it with an image uint8 (3, H, W), a label (H, W) of trainIds or None, and the class that rare-class sampling wants or None. Returns the image float32 (3, crop, crop) in [0, 1],
-    the label int64 (crop, crop) with 255 in the padding, and the `Geometry`. Without a label, the returned one is 0 inside the image and 255 in the padding."""
+    Call it with an image uint8 (3, H, W), a label (H, W) of trainIds or None, and the class that rare-class sampling
+    wants or None. Returns the image float32 (3, crop, crop) in [0, 1], the label int64 (crop, crop) with 255 in the
+    padding, and the `Geometry`. Without a label, the returned one is 0 inside the image and 255 in the padding."""
     def __init__(self,
         crop: int = 512,  # side of the square result
         base: int = 512,  # the short edge is int(base * k / 10)
@@ -97,20 +114,26 @@ class TrainTransform:
         flip: float = .5,  # probability
         photometric: bool = True,  # distort colours
         max_class_share: float = .75,  # of the labelled pixels in a crop
-        min_class_pixels: int | None = 3000,  # what `Sampler` asks of an image (its `min_pixels`); the crop must hold half. None: no such condition
+        # what `Sampler` asks of an image (its `min_pixels`); the crop must hold half. None: no such condition
+        min_class_pixels: int | None = 3000,
         tries: int = 10,  # for either condition
         fill=(.485, .456, .406),  # colour of the padding: the mean of the normalisation
     ):
-        self.crop, self.base, self.scales, self.max_long, self.flip, self.photometric = crop, base, tuple(scales), max_long, flip, photometric
+        self.crop, self.base, self.scales, self.max_long, self.flip, self.photometric = crop, base, tuple(
+            scales), max_long, flip, photometric
         self.max_class_share, self.min_class_pixels, self.tries, self.fill = max_class_share, min_class_pixels, tries, torch.tensor(fill).view(3, 1, 1)
 
     def place(self, size, label=None, wanted_class=None) -> Geometry:
         "Draw a crop of a resized image; `label` is the resized label."
         free = [max(s - self.crop, 0) for s in size]
 
-        def draw(): return Geometry(tuple(size), _randint(free[0] + 1), _randint(free[1] + 1), (self.crop, self.crop), False)
-        def counts(g): return torch.bincount(label[g.top:g.top + self.crop, g.left:g.left + self.crop].flatten(), minlength=IGNORE + 1)[:IGNORE]
-        def mixed(n): return (n > 0).sum() > 1 and n.max() < self.max_class_share * n.sum()
+        def draw():
+            return Geometry(tuple(size), _randint(free[0] + 1), _randint(free[1] + 1), (self.crop, self.crop), False)
+        def counts(g):
+            return torch.bincount(label[g.top:g.top + self.crop, g.left:g.left + self.crop].flatten(), minlength=IGNORE
+                + 1)[:IGNORE]
+        def mixed(n):
+            return (n > 0).sum() > 1 and n.max() < self.max_class_share * n.sum()
 
         if label is None or free == [0, 0]: return draw()
         best, most = None, -1
@@ -119,7 +142,8 @@ class TrainTransform:
                 n = counts(geometry := draw())
                 if mixed(n): break
             if wanted_class is None or self.min_class_pixels is None: return geometry
-            if n[wanted_class] > most: best, most = geometry, int(n[wanted_class])
+            if n[wanted_class] > most:
+                best, most = geometry, int(n[wanted_class])
             if most >= self.min_class_pixels / 2: break
         return best
 
@@ -127,14 +151,17 @@ class TrainTransform:
         short = int(self.base * self.scales[_randint(len(self.scales))] / 10)
         size = short_edge_size(*image.shape[-2:], short, self.max_long)
         image = resize_image(image.as_subclass(torch.Tensor), size)
-        if label is not None: label = resize_label(label.as_subclass(torch.Tensor), size)
+        if label is not None:
+            label = resize_label(label.as_subclass(torch.Tensor), size)
         geometry = self.place(size, label, wanted_class)._replace(flip=_coin(self.flip))
         h, w = geometry.inside
         image = geometry._replace(crop=(h, w)).cut(image).float() / 255
-        if self.photometric: image = photometric_distortion(image)
+        if self.photometric:
+            image = photometric_distortion(image)
         out = self.fill.expand(3, self.crop, self.crop).clone()
         out[:, :h, :w] = image
-        if label is None: label = torch.zeros((), dtype=torch.int64).expand(size)
+        if label is None:
+            label = torch.zeros((), dtype=torch.int64).expand(size)
         return out, geometry.cut(label, IGNORE).long(), geometry
 
 # %% ../../nbs/17_transforms.ipynb #24a40b31
@@ -145,22 +172,29 @@ def class_mix(
     target_label: torch.Tensor,  # (H, W) pseudo labels
     target_weight,  # number or (H, W): weight of the target's pixels
 ):
-    "Paste half of the source's classes (rounded up) onto the target: `(image, label, weight (H, W), pasted (H, W) bool)`. As in DACS (Tranheden et al., 2021)."
+    """Paste half of the source's classes (rounded up) onto the target.
+
+    `(image, label, weight (H, W), pasted (H, W) bool)`. As in DACS (Tranheden et al., 2021)."""
     present = torch.bincount(source_label.flatten(), minlength=IGNORE + 1)[:IGNORE].nonzero().flatten().cpu()
     paste = torch.zeros(IGNORE + 1, dtype=torch.bool)
     paste[present[torch.randperm(len(present))[:(len(present) + 1) // 2]]] = True
     pasted = paste.to(source_label.device)[source_label.long()]
     weight = torch.as_tensor(target_weight, dtype=torch.float32, device=pasted.device).masked_fill(pasted, 1.)
-    return torch.where(pasted, source_image, target_image), torch.where(pasted, source_label, target_label), weight, pasted
+    return torch.where(pasted, source_image, target_image), torch.where(pasted, source_label,
+        target_label), weight, pasted
 
 # %% ../../nbs/17_transforms.ipynb #224f7578
 _jitter = v2.ColorJitter(.2, .2, .2, .2)
 
 
 def strong_augment(image: torch.Tensor) -> torch.Tensor:
-    "Colour jitter 0.2 (p = 0.8) and Gaussian blur, sigma 0.15 to 1.15 pixels (p = 0.5), on float (3, H, W) in [0, 1]. As in DACS (Tranheden et al., 2021)."
-    if _coin(.8): image = _jitter(image)
-    if _coin(.5): image = F.gaussian_blur(image, [11, 11], [_uniform(.15, 1.15)])
+    """Colour jitter 0.2 (p = 0.8) and Gaussian blur, sigma 0.15 to 1.15 pixels (p = 0.5), on float (3, H, W) in [0, 1].
+
+    As in DACS (Tranheden et al., 2021)."""
+    if _coin(.8):
+        image = _jitter(image)
+    if _coin(.5):
+        image = F.gaussian_blur(image, [11, 11], [_uniform(.15, 1.15)])
     return image
 
 # %% ../../nbs/17_transforms.ipynb #770eb321
@@ -176,25 +210,31 @@ def random_block_mask(
 
 # %% ../../nbs/17_transforms.ipynb #c2ff4fd3
 def mix_images(
-    source: torch.Tensor,    # (B, 3, H, W) in [0, 1]
-    label: torch.Tensor,    # (B, H, W) trainIds, 255 is no class
-    target: torch.Tensor,    # (B, 3, H, W) in [0, 1]
+    source: torch.Tensor,  # (B, 3, H, W) in [0, 1]
+    label: torch.Tensor,  # (B, H, W) trainIds, 255 is no class
+    target: torch.Tensor,  # (B, 3, H, W) in [0, 1]
 ) -> tuple:
-    "Half of each source image's classes pasted onto the target image, colours disturbed: (B, 3, H, W), and where the source shows (B, H, W) bool."
-    source, label, target = (all_gather(x) for x in (source, label, target))    # what an image draws depends on those before it
+    """Half of each source image's classes pasted onto the target image, colours disturbed.
+
+    (B, 3, H, W), and where the source shows (B, H, W) bool."""
+    # what an image draws depends on those before it
+    source, label, target = (all_gather(x) for x in (source, label, target))
     unknown = torch.full_like(label[0], IGNORE)
     mixed = [class_mix(s, y, t, unknown, 0.0) for s, y, t in zip(source, label, target)]
-    return local_rows(torch.stack([strong_augment(image) for image, *_ in mixed])), local_rows(torch.stack([pasted for *_, pasted in mixed]))
+    return local_rows(torch.stack([strong_augment(image) for image, *_ in mixed])), local_rows(
+        torch.stack([pasted for *_, pasted in mixed]))
 
 
 def hide_blocks(
-    images: torch.Tensor,    # (B, 3, H, W) in [0, 1]
-    mean: torch.Tensor,    # (1, 3, 1, 1): the colour that is 0 after normalisation
-    block: int = 32,    # side in pixels (64 for crops of 1024)
-    ratio: float = 0.7,    # share of the blocks that is hidden
+    images: torch.Tensor,  # (B, 3, H, W) in [0, 1]
+    mean: torch.Tensor,  # (1, 3, 1, 1): the colour that is 0 after normalisation
+    block: int = 32,  # side in pixels (64 for crops of 1024)
+    ratio: float = 0.7,  # share of the blocks that is hidden
 ) -> torch.Tensor:
     "Images with random blocks replaced by the mean colour."
-    hidden = local_rows(torch.stack([random_block_mask(*images.shape[-2:], block, ratio) for _ in range(len(images) * get_world_size())])).to(images.device)
+    hidden = local_rows(torch.stack(
+        [random_block_mask(*images.shape[-2:], block, ratio) for _ in range(len(images) * get_world_size())])).to(
+        images.device)
     return torch.where(hidden[:, None], mean.to(images.dtype), images)
 
 # %% ../../nbs/17_transforms.ipynb #311a0ebd
@@ -204,7 +244,9 @@ def pasta(
     beta: float = .25,  # standard deviation of the gain at frequency 0
     k: float = 2.,  # how steeply it grows with the frequency
 ) -> torch.Tensor:  # the same shape, in [0, 1]
-    "Multiply every amplitude of the spectrum by N(1, sigma), sigma = (alpha * frequency / highest frequency)^k + beta; phases stay. PASTA (Chattopadhyay et al., ICCV 2023). Draws from torch's global generator of the images' device."
+    """Multiply every amplitude of the spectrum by N(1, sigma), sigma = (alpha * frequency / highest frequency)^k +
+    beta; phases stay. PASTA (Chattopadhyay et al., ICCV 2023). Draws from torch's global generator of the images'
+    device."""
     m, n = (torch.fft.fftfreq(size, 1 / size, device=images.device) for size in images.shape[-2:])
     frequency = torch.hypot(m[:, None], n)
     sigma = (alpha * frequency / frequency.max().clamp(min=1)) ** k + beta
@@ -217,11 +259,14 @@ def adv_style(
     lr: float = 3.,  # gamma, in units of the normalised image
     std=(.229, .224, .225),  # of the normalisation, per channel
 ) -> torch.Tensor:  # the same shape, detached; may leave [0, 1]
-    "The images in the style (mean and standard deviation of each channel) that one step of gradient ascent on `loss_fn` finds; their content stays. AdvStyle (Zhong et al., NeurIPS 2022). Gradients of the network's parameters are left alone."
+    """The images in the style (mean and standard deviation of each channel) that one step of gradient ascent on
+    `loss_fn` finds; their content stays. AdvStyle (Zhong et al., NeurIPS 2022). Gradients of the network's
+    parameters are left alone."""
     variance, mean = torch.var_mean(images.detach(), (2, 3), keepdim=True)
     spread = (variance + 1e-6).sqrt()
     content, step = (images.detach() - mean) / spread, lr * images.new_tensor(std).view(1, 3, 1, 1) ** 2
     with torch.enable_grad():
         style = mean.requires_grad_(), spread.requires_grad_()
         slope = torch.autograd.grad(loss_fn(content * spread + mean), style)
-    with torch.no_grad(): return content * (spread + step * slope[1]) + (mean + step * slope[0])
+    with torch.no_grad():
+        return content * (spread + step * slope[1]) + (mean + step * slope[0])

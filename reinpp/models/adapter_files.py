@@ -21,12 +21,17 @@ from .backbones import BACKBONES
 
 # %% ../../nbs/26_adapter_files.ipynb #1de7ecad
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of an adapter file
-_IDENTITY = ("backbone", "adapter", "head", "num_classes", "backbone_args", "adapter_args", "head_args", "normalization")  # what a file and a segmenter must share
+# what a file and a segmenter must share
+_IDENTITY = ("backbone", "adapter", "head", "num_classes", "backbone_args", "adapter_args", "head_args",
+    "normalization")
 
 # %% ../../nbs/26_adapter_files.ipynb #883ee6fa
 def identity(config: dict) -> dict:
-    "The settings that a file and a segmenter must share: all but where and in how many bits the backbone is held, and the image size."
-    return {key: config[key] for key in _IDENTITY} | dict(backbone_args={k: v for k, v in config["backbone_args"].items() if k not in ("hold", "device")})
+    """The settings that a file and a segmenter must share.
+
+    All but where and in how many bits the backbone is held, and the image size."""
+    return {key: config[key] for key in _IDENTITY} | dict(
+        backbone_args={k: v for k, v in config["backbone_args"].items() if k not in ("hold", "device")})
 
 
 def config_digest(config: dict) -> str:
@@ -35,24 +40,33 @@ def config_digest(config: dict) -> str:
 
 
 def read_adapter(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    "Config and tensors of an adapter folder. Raises `FileNotFoundError` when a file is missing, `ValueError` when one is damaged."
+    """Config and tensors of an adapter folder.
+
+    Raises `FileNotFoundError` when a file is missing, `ValueError` when one is damaged."""
     folder = Path(folder)
     settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (settings, weights):
-        if not file.exists(): raise FileNotFoundError(f"{folder}: no {file.name}: this is not a folder that save_adapter wrote")
+        if not file.exists():
+            raise FileNotFoundError(f"{folder}: no {file.name}: this is not a folder that save_adapter wrote")
     try:
         config = dict(backbone_args={}, dtype="float32", record={}) | json.loads(settings.read_text())
         absent = [key for key in (*_IDENTITY, "image_size", "sha256") if key not in config]
-    except (ValueError, TypeError) as error: raise ValueError(f"{settings} is damaged ({error}): fetch it again") from error
-    if absent: raise ValueError(f"{settings} is damaged (no {', '.join(absent)}): fetch it again")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{settings} is damaged ({error}): fetch it again") from error
+    if absent:
+        raise ValueError(f"{settings} is damaged (no {', '.join(absent)}): fetch it again")
     data = weights.read_bytes()
     if hashlib.sha256(data).hexdigest() != config["sha256"]:
-        raise ValueError(f"{weights} is truncated or was altered: its sha256 is not the one in {settings.name}; fetch both again")
-    try: state = load_tensors(data)
-    except SafetensorError as error: raise ValueError(f"{weights} is no safetensors file ({error})") from error
+        raise ValueError(
+            f"{weights} is truncated or was altered: its sha256 is not the one in {settings.name}; fetch both again")
+    try:
+        state = load_tensors(data)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is no safetensors file ({error})") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if header.get("__metadata__", {}).get("config", config_digest(config)) != config_digest(config):
-        raise ValueError(f"{settings} was altered: its settings are not those that the weights were saved with; fetch it again")
+        raise ValueError(
+            f"{settings} was altered: its settings are not those that the weights were saved with; fetch it again")
     return config, state
 
 # %% ../../nbs/26_adapter_files.ipynb #0d10108a
@@ -61,11 +75,15 @@ def model_card(config: dict) -> str:  # of `read_adapter`
     name = BACKBONES[config["backbone"]].timm_name if config["backbone"] in BACKBONES else config["backbone"]
     base = [] if config["backbone"] == "tiny" else [f"base_model: timm/{name}"]
     settings = "".join(f"| {key} | `{json.dumps(config[key])}` |\n" for key in (*_IDENTITY, "image_size", "dtype"))
-    lines = ["---", "library_name: reinpp", "pipeline_tag: image-segmentation", *base, "tags: [semantic-segmentation, domain-generalization, rein]", "---",
+    lines = ["---", "library_name: reinpp", "pipeline_tag: image-segmentation", *base,
+        "tags: [semantic-segmentation, domain-generalization, rein]", "---",
              f"# {config['adapter']} and {config['head']} on {config['backbone']}", "",
-             f"Adapter and head of a frozen {config['backbone']} for {config['num_classes']} classes. The backbone is not in this repository.", "",
-             "```python", "from reinpp import load_segmenter, pull_adapter", "", "segmenter = load_segmenter(pull_adapter(<this repository>))",
-             "scores = segmenter.predict(images)  # (B, 3, H, W) in [0, 1] -> (B, K, H, W)", "```", "", "| setting | |", "|---|---|", settings,
+             f"Adapter and head of a frozen {config['backbone']} for {config['num_classes']} classes. The backbone "
+             "is not in this repository.", "",
+             "```python", "from reinpp import load_segmenter, pull_adapter", "",
+             "segmenter = load_segmenter(pull_adapter(<this repository>))",
+             "scores = segmenter.predict(images)  # (B, 3, H, W) in [0, 1] -> (B, K, H, W)", "```", "", "| setting | |",
+             "|---|---|", settings,
              "## Record", "```json", json.dumps(config["record"], indent=1), "```", ""]
     return "\n".join(lines)
 
@@ -78,19 +96,27 @@ def push_adapter(
     dtype: str | None = None,  # likewise
     token: str | None = None,  # None: the one of `hf auth login` or HF_TOKEN
 ) -> str:  # the commit's address
-    "Upload an adapter and its model card, in one commit. Raises `ConnectionError` when the Hub refuses or cannot be reached."
+    """Upload an adapter and its model card, in one commit.
+
+    Raises `ConnectionError` when the Hub refuses or cannot be reached."""
     from huggingface_hub import HfApi
     with tempfile.TemporaryDirectory() as folder:
-        if hasattr(source, "save_adapter"): source.save_adapter(folder, record, dtype)
-        else: write_together({Path(folder) / file: (Path(source) / file).read_bytes() for file in ("adapter_model.safetensors", "adapter_config.json")})
+        if hasattr(source, "save_adapter"):
+            source.save_adapter(folder, record, dtype)
+        else:
+            write_together({Path(folder) / file: (Path(source) / file).read_bytes()
+                for file in ("adapter_model.safetensors", "adapter_config.json")})
         config, _ = read_adapter(folder)
         write_atomically(Path(folder) / "README.md", model_card(config).encode())
         try:
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{config['adapter']} adapter for {config['backbone']}"))
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder,
+                commit_message=f"{config['adapter']} adapter for {config['backbone']}"))
         except Exception as error:
-            raise ConnectionError(f"{repo_id} could not be pushed ({_first_line(error)}): log in with `hf auth login` or set HF_TOKEN, and check the name") from error
+            raise ConnectionError(
+                f"{repo_id} could not be pushed ({_first_line(error)}): log in with `hf auth login` or set "
+                "HF_TOKEN, and check the name") from error
 
 
 def pull_adapter(
@@ -98,13 +124,20 @@ def pull_adapter(
     revision: str | None = None,  # branch, tag or commit; None: the newest
     token: str | None = None,  # for a private one; None: the one of `hf auth login` or HF_TOKEN
 ) -> Path:  # folder for `load_adapter` and `load_segmenter`
-    "Fetch an adapter into the local cache and check it. Raises `ConnectionError` when it cannot be had, and what `read_adapter` raises when it is no adapter."
+    """Fetch an adapter into the local cache and check it.
+
+    Raises `ConnectionError` when it cannot be had, and what `read_adapter` raises when it is no adapter."""
     from huggingface_hub import snapshot_download
-    try: folder = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=["adapter_model.safetensors", "adapter_config.json", "README.md"])
+    try:
+        folder = snapshot_download(repo_id, revision=revision, token=token,
+            allow_patterns=["adapter_model.safetensors", "adapter_config.json", "README.md"])
     except Exception as error:
-        raise ConnectionError(f"{repo_id}{f' at {revision}' if revision else ''} could not be fetched ({_first_line(error)}): check the name and the network; a private one needs `hf auth login` or HF_TOKEN") from error
+        raise ConnectionError(
+            f"{repo_id}{f' at {revision}' if revision else ''} could not be fetched ({_first_line(error)}): check "
+            "the name and the network; a private one needs `hf auth login` or HF_TOKEN") from error
     read_adapter(folder)
     return Path(folder)
 
 
-def _first_line(error: Exception) -> str: return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -10,15 +10,16 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'INTERNVIT', 'SAM', 'BACKBONES', 'HO
 
 # %% ../../nbs/20_backbones.ipynb #f29927cb
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, RmsNorm
-from timm.models import build_model_with_cfg, VisionTransformer
+from timm.models import VisionTransformer, build_model_with_cfg
 from torch import nn
 
 from ..files import data_folder, read_checkpoint
@@ -29,7 +30,8 @@ INTERNVIT = "OpenGVLab/InternViT-6B-224px"  # on the Hugging Face hub
 
 
 class WholeWidthNorm(Attention):
-    "timm's attention, with q and k normalised over the whole width (B, n, c) before they are split into heads, as InternViT-6B does."
+    """timm's attention, with q and k normalised over the whole width (B, n, c) before they are split into heads, as
+    InternViT-6B does."""
 
     def __init__(self, dim: int, num_heads: int = 8, norm_layer: Callable = RmsNorm, **options):
         super().__init__(dim, num_heads, norm_layer=norm_layer, **options)
@@ -39,25 +41,35 @@ class WholeWidthNorm(Attention):
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask, is_causal=is_causal).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask,
+            is_causal=is_causal).transpose(1, 2).flatten(2))
 
 
 def internvit_6b(
     pretrained: bool = False,  # not from here: see `create_backbone`
     **options,  # of timm's VisionTransformer
 ) -> VisionTransformer:
-    "InternViT-6B-224px, the image encoder of InternVL-C: 48 blocks of width 3200, 25 heads, RMS norms, layer scale, no final norm. Sizes as in the config.json that is published with the weights."
-    sizes = dict(img_size=224, patch_size=14, embed_dim=3200, depth=48, num_heads=25, mlp_ratio=4, qkv_bias=False, init_values=0.1, final_norm=False,
+    """InternViT-6B-224px, the image encoder of InternVL-C.
+
+    48 blocks of width 3200, 25 heads, RMS norms, layer scale, no final norm. Sizes as in the config.json that is
+    published with the weights."""
+    sizes = dict(img_size=224, patch_size=14, embed_dim=3200, depth=48, num_heads=25, mlp_ratio=4, qkv_bias=False,
+        init_values=0.1, final_norm=False,
                  norm_layer=partial(RmsNorm, eps=1e-6), attn_layer=WholeWidthNorm)
-    cfg = dict(input_size=(3, 224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD, num_classes=0, first_conv="patch_embed.proj", classifier="head", license="mit")
-    return build_model_with_cfg(VisionTransformer, "internvit_6b_patch14_224", False, pretrained_cfg=cfg, feature_cfg=dict(feature_cls="getter"),
+    cfg = dict(input_size=(3, 224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD, num_classes=0,
+        first_conv="patch_embed.proj", classifier="head", license="mit")
+    return build_model_with_cfg(VisionTransformer, "internvit_6b_patch14_224", False, pretrained_cfg=cfg,
+        feature_cfg=dict(feature_cls="getter"),
                                 **sizes | {k: v for k, v in options.items() if v is not None})
 
 
 def convert_internvit(
-    state_dict: dict,  # with the published keys: `embeddings.*`, `encoder.layers.N.*`, also inside a whole InternVL (`vision_model.*`)
+    # with the published keys: `embeddings.*`, `encoder.layers.N.*`, also inside a whole InternVL (`vision_model.*`)
+    state_dict: dict,
 ) -> dict:  # with timm's keys
-    "Rename the published keys of InternViT to timm's. Keys it does not know keep their name, so that loading refuses them."
+    """Rename the published keys of InternViT to timm's.
+
+    Keys it does not know keep their name, so that loading refuses them."""
     inside = {k.removeprefix("vision_model."): v for k, v in state_dict.items() if k.startswith("vision_model.")}
     names = {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
              "embeddings.patch_embedding.": "patch_embed.proj.", "encoder.layers.": "blocks."}
@@ -65,7 +77,8 @@ def convert_internvit(
     for key, value in (inside or state_dict).items():
         start = next((n for n in names if key.startswith(n)), "")
         key = names.get(start, "") + key.removeprefix(start)
-        if key.startswith("blocks.") and key.endswith((".ls1", ".ls2")): key += ".gamma"
+        if key.startswith("blocks.") and key.endswith((".ls1", ".ls2")):
+            key += ".gamma"
         converted[key] = value
     return converted
 
@@ -110,7 +123,8 @@ BACKBONES = {
     "siglip2_so400m": BackboneSpec("vit_so400m_patch16_siglip_gap_512.v2_webli"),
     "siglip2_giant": BackboneSpec("vit_giantopt_patch16_siglip_gap_384.v2_webli"),
     # the small stand-in for "a foundation model" that pretrain_tiny.ipynb makes; built at its own size
-    "tiny": BackboneSpec("vit_tiny_patch16_224", 8, dict(embed_dim=128, depth=8, num_heads=4, img_size=128), "tiny.safetensors"),
+    "tiny": BackboneSpec("vit_tiny_patch16_224", 8, dict(embed_dim=128, depth=8, num_heads=4, img_size=128),
+    "tiny.safetensors"),
 }
 
 # %% ../../nbs/20_backbones.ipynb #d7155449
@@ -119,9 +133,13 @@ def official_resize(
     image_size: int | tuple[int, int],  # pixels
     patch_size: int,  # pixels
 ) -> nn.Module:  # the same model, changed
-    "Resize patch kernel and positions as the authors' CVPR'24 code does: bicubic, no antialias, kernel not rescaled. Raises `ValueError` for a class whose sizes timm cannot change."
-    if not hasattr(model, "set_input_size"): raise ValueError(f"patch_resize='official': {type(model).__name__} cannot be resized, use 'timm'")
-    pair = lambda x: tuple(x) if isinstance(x, (tuple, list)) else (x, x)
+    """Resize patch kernel and positions as the authors' CVPR'24 code does: bicubic, no antialias, kernel not rescaled.
+
+    Raises `ValueError` for a class whose sizes timm cannot change."""
+    if not hasattr(model, "set_input_size"):
+        raise ValueError(f"patch_resize='official': {type(model).__name__} cannot be resized, use 'timm'")
+    def pair(x):
+        return tuple(x) if isinstance(x, (tuple, list)) else (x, x)
     old = model.patch_embed.grid_size, model.patch_embed.proj.weight.detach().clone(), model.pos_embed
     model.set_input_size(pair(image_size), pair(patch_size))
     grid, kernel, positions = old
@@ -143,58 +161,84 @@ def hold_in(
     hold: str,  # one of `HOLDS`
     device: str | torch.device | None = None,  # where it will live; None: where it is
 ) -> nn.Module:  # the same model, changed
-    """Hold a frozen model's weights in fewer bits: bf16 everywhere; int8 / int4 for the matrices of the blocks (torchao), bf16 for the rest.
+    """Hold a frozen model's weights in fewer bits: bf16 everywhere.
 
-    Gradients still flow through the activations. Raises `ImportError` without torchao, `ValueError` where it does not work."""
+    Int8 / int4 for the matrices of the blocks (torchao), bf16 for the rest.
+
+    Gradients still flow through the activations. Raises `ImportError` without torchao, `ValueError` where it does not
+    work."""
     if hold != "fp32":
-        for p in model.parameters(): p.data = p.data.to(torch.bfloat16)  # not the buffers: angles of rotary positions want 32 bits
-    if device is not None and str(device) != "meta": model = model.to(device)
+        for p in model.parameters():
+            p.data = p.data.to(torch.bfloat16)  # not the buffers: angles of rotary positions want 32 bits
+    if device is not None and str(device) != "meta":
+        model = model.to(device)
     if hold in ("fp32", "bf16"): return model
-    try: from torchao.quantization import Int8WeightOnlyConfig, NF4Tensor, quantize_
-    except ImportError as error: raise ImportError(f"hold={hold!r} needs torchao: pip install 'reinpp[quantize]', or use hold='bf16' ({error})") from error
-    linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear) and (hold == "int8" or m.weight.numel() % 2048 == 0)]
     try:
-        if hold == "int8": quantize_(model.blocks, Int8WeightOnlyConfig(set_inductor_config=False), lambda m, name: isinstance(m, nn.Linear))
+        from torchao.quantization import Int8WeightOnlyConfig, NF4Tensor, quantize_
+    except ImportError as error:
+        raise ImportError(
+            f"hold={hold!r} needs torchao: pip install 'reinpp[quantize]', or use hold='bf16' ({error})") from error
+    linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)
+        and (hold == "int8" or m.weight.numel() % 2048 == 0)]
+    try:
+        if hold == "int8":
+            quantize_(model.blocks, Int8WeightOnlyConfig(set_inductor_config=False), lambda m,
+                name: isinstance(m, nn.Linear))
         else:
-            for m in linears: m.weight = nn.Parameter(NF4Tensor.from_tensor(m.weight.detach(), 64, 32), requires_grad=False)
-        probe = torch.ones(1, linears[0].in_features, dtype=torch.bfloat16, device=linears[0].weight.device, requires_grad=True)
+            for m in linears:
+                m.weight = nn.Parameter(NF4Tensor.from_tensor(m.weight.detach(), 64, 32), requires_grad=False)
+        probe = torch.ones(1, linears[0].in_features, dtype=torch.bfloat16, device=linears[0].weight.device,
+            requires_grad=True)
         gradient, = torch.autograd.grad(linears[0](probe).float().square().sum(), probe)
-        if not gradient.any(): raise RuntimeError("no gradient reaches the activations")
+        if not gradient.any():
+            raise RuntimeError("no gradient reaches the activations")
     except (RuntimeError, NotImplementedError, TypeError, ImportError, AssertionError, IndexError) as error:
-        raise ValueError(f"hold={hold!r} does not work here ({next(model.parameters()).device}, torchao: {(str(error).splitlines() or ['?'])[0][:150]}): use hold='bf16'") from error
-    for name, m in model.blocks.named_modules():  # autocast makes norms put out 32 bits, which torchao would multiply in 32 bits
-        if name.endswith(("norm1", "norm2")): m.register_forward_hook(lambda module, args, output: output.to(torch.bfloat16))
+        raise ValueError(
+            f"hold={hold!r} does not work here ({next(model.parameters()).device}, torchao: "
+            f"{(str(error).splitlines() or ['?'])[0][:150]}): use hold='bf16'") from error
+    # autocast makes norms put out 32 bits, which torchao would multiply in 32 bits
+    for name, m in model.blocks.named_modules():
+        if name.endswith(("norm1", "norm2")):
+            m.register_forward_hook(lambda module, args, output: output.to(torch.bfloat16))
     return model
 
 
 def held_bytes(model: nn.Module) -> int:
     "Bytes that the weights of a model take, packed ones counted as they are stored."
-    inside = lambda t: sum(inside(getattr(t, n)) for n in t.__tensor_flatten__()[0]) if hasattr(t, "__tensor_flatten__") else t.numel() * t.element_size()
+    def inside(t):
+        return sum(inside(getattr(t, n)) for n in t.__tensor_flatten__()[0]) if hasattr(t,
+            "__tensor_flatten__") else t.numel() * t.element_size()
     return sum(inside(p.data) for p in model.parameters())
 
 # %% ../../nbs/20_backbones.ipynb #1772fbc1
 def create_backbone(
     name: str,  # a key of `BACKBONES`, or the name of any timm vision transformer
-    image_size: int | tuple[int, int] = 512,  # pixels; positions are interpolated to it once, and again at run time for other sizes
+    # pixels; positions are interpolated to it once, and again at run time for other sizes
+    image_size: int | tuple[int, int] = 512,
     patch_size: int | None = None,  # None: 16 for the paper's families, the model's own for others
     pretrained: bool = True,  # False: random weights (tests, memory and speed measurements)
-    weights: str | Path | None = None,  # a local checkpoint (.safetensors, .bin, .pt, .pth; shards: their folder or index.json) instead of the download
+    # a local checkpoint (.safetensors, .bin, .pt, .pth; shards: their folder or index.json) instead of the download
+    weights: str | Path | None = None,
     hold: str = "fp32",  # how the frozen weights are held: fp32, bf16, int8 or int4, see `hold_in`
-    patch_resize: str = "timm",  # how weights of another patch size are resized: "timm", or "official" as the authors did
+    # how weights of another patch size are resized: "timm", or "official" as the authors did
+    patch_resize: str = "timm",
     device: str | torch.device | None = None,  # None: the CPU; "meta": sizes without memory, for inspection
     **options,  # further arguments of timm.create_model, e.g. depth=4 for a reduced model
 ) -> nn.Module:  # a timm model in eval mode whose parameters do not require gradients
     """A frozen vision foundation model.
 
-    Takes images (B, 3, H, W) whose sides are multiples of the patch, also rectangles. The weights are, in this order: `weights`, the
-    bundled file, `data/weights/<timm name>.safetensors` (or a folder of shards of that name), timm's download from the Hugging Face hub.
-    Raises `ValueError` for a name that neither `BACKBONES` nor timm knows, for a model that Rein-G cannot be attached to, and for a file that
-    does not fit; `FileNotFoundError` where the weights cannot be had. Pickled code in a checkpoint is never executed.
-    """
-    if patch_resize not in ("timm", "official"): raise ValueError(f"patch_resize={patch_resize!r}: use 'timm' or 'official'")
-    if hold not in HOLDS: raise ValueError(f"hold={hold!r}: use one of {', '.join(HOLDS)}")
+    Takes images (B, 3, H, W) whose sides are multiples of the patch, also rectangles. The weights are, in this order:
+    `weights`, the bundled file, `data/weights/<timm name>.safetensors` (or a folder of shards of that name), timm's
+    download from the Hugging Face hub. Raises `ValueError` for a name that neither `BACKBONES` nor timm knows, for a
+    model that Rein-G cannot be attached to, and for a file that does not fit; `FileNotFoundError` where the weights
+    cannot be had. Pickled code in a checkpoint is never executed."""
+    if patch_resize not in ("timm", "official"):
+        raise ValueError(f"patch_resize={patch_resize!r}: use 'timm' or 'official'")
+    if hold not in HOLDS:
+        raise ValueError(f"hold={hold!r}: use one of {', '.join(HOLDS)}")
     meta, loads = str(device) == "meta", pretrained or weights is not None
-    if meta and (loads or hold != "fp32"): raise ValueError("device='meta' holds no numbers: pass pretrained=False, no weights and no hold")
+    if meta and (loads or hold != "fp32"):
+        raise ValueError("device='meta' holds no numbers: pass pretrained=False, no weights and no hold")
     spec = BACKBONES.get(name) or other_spec(name)
     make = partial(spec.build, **spec.options) if spec.build else partial(timm.create_model, spec.timm_name)
     patch = patch_size or spec.patch_size
@@ -203,33 +247,51 @@ def create_backbone(
     official = loads and patch_resize == "official"  # made at the size of its weights, and resized afterwards
     options = own | ({} if official else size) | spec.options | options
     if meta:
-        with torch.device("meta"), Unfilled(): model = make(**options)
-    elif loads: model = load_weights(name, spec, make, options, weights)
-    else: model = make(**options)
-    if spec.weights: model.pretrained_cfg.update(mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    if not hasattr(model, "num_prefix_tokens"): model.num_prefix_tokens = 0  # SAM: every token is a patch
-    if official: official_resize(model, image_size, patch or patch_size_of(model))
+        with torch.device("meta"), Unfilled():
+            model = make(**options)
+    elif loads:
+        model = load_weights(name, spec, make, options, weights)
+    else:
+        model = make(**options)
+    if spec.weights:
+        model.pretrained_cfg.update(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if not hasattr(model, "num_prefix_tokens"):
+        model.num_prefix_tokens = 0  # SAM: every token is a patch
+    if official:
+        official_resize(model, image_size, patch or patch_size_of(model))
     return hold_in(freeze(model), hold, device)
 
 
 def other_spec(name: str) -> BackboneSpec:
-    "A specification for a timm model without a short name. Raises `ValueError` for one that does not exist, or whose blocks Rein-G cannot be attached to."
+    """A specification for a timm model without a short name.
+
+    Raises `ValueError` for one that does not exist, or whose blocks Rein-G cannot be attached to."""
     if not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"backbone={name!r} is unknown: use one of {', '.join(BACKBONES)}, or the name of a timm vision transformer (timm.list_models('vit*'))")
+        raise ValueError(
+            f"backbone={name!r} is unknown: use one of {', '.join(BACKBONES)}, or the name of a timm vision "
+            "transformer (timm.list_models('vit*'))")
     for options in ({}, SAM, dict(dynamic_img_size=None, img_size=None, patch_size=None)):
         try:
-            with torch.device("meta"), Unfilled(): model = timm.create_model(name, **dict(num_classes=0, dynamic_img_size=True, img_size=512) | options)
+            with torch.device("meta"), Unfilled():
+                model = timm.create_model(name, **dict(num_classes=0, dynamic_img_size=True, img_size=512) | options)
             break
-        except TypeError as error: refusal = error  # an argument that this class does not take
-        except RuntimeError as error: raise ValueError(f"backbone={name!r}: {error}") from error
-    else: raise ValueError(f"backbone={name!r}: timm cannot make it as a backbone ({refusal})")
+        except TypeError as error:
+            refusal = error  # an argument that this class does not take
+        except RuntimeError as error:
+            raise ValueError(f"backbone={name!r}: {error}") from error
+    else:
+        raise ValueError(f"backbone={name!r}: timm cannot make it as a backbone ({refusal})")
     steps = {(f["num_chs"], f["reduction"]) for f in getattr(model, "feature_info", None) or []}
     plain = all(hasattr(model, part) for part in ("blocks", "embed_dim", "patch_embed", "forward_intermediates"))
     if len(steps) > 1:
         widths = ", ".join(f"{c} at stride {s}" for c, s in sorted(steps))
-        raise ValueError(f"backbone={name!r}: {type(model).__name__} works in stages of different widths ({widths}): Rein-G's tokens have one width, take a model of one width and one patch size, e.g. sam_large or dinov2_large")
+        raise ValueError(
+            f"backbone={name!r}: {type(model).__name__} works in stages of different widths ({widths}): Rein-G's "
+            "tokens have one width, take a model of one width and one patch size, e.g. sam_large or dinov2_large")
     if not plain or len(model.blocks) < 3:
-        raise ValueError(f"backbone={name!r}: {type(model).__name__} is no plain vision transformer (.blocks, .patch_embed, .embed_dim, .forward_intermediates): Rein-G cannot be attached, see timm.list_models('vit*')")
+        raise ValueError(
+            f"backbone={name!r}: {type(model).__name__} is no plain vision transformer (.blocks, .patch_embed, "
+            ".embed_dim, .forward_intermediates): Rein-G cannot be attached, see timm.list_models('vit*')")
     return BackboneSpec(name, None, options)
 
 
@@ -238,12 +300,16 @@ class Unfilled(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta and name.endswith("_") and not name.endswith("__") and name != "requires_grad_": return args[0]
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta and name.endswith("_") and not name.endswith(
+                "__") and name != "requires_grad_":
+            return args[0]
         return function(*args, **(kwargs or {}))
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    "Frozen means frozen: eval mode (no drop path), no gradients to weights; gradients still flow through the activations."
+    """Frozen means frozen: eval mode (no drop path), no gradients to weights.
+
+    Gradients still flow through the activations."""
     return model.eval().requires_grad_(False)
 
 
@@ -260,13 +326,17 @@ def load_weights(
     options: dict,  # of the model
     weights: str | Path | None = None,  # a local checkpoint
 ) -> nn.Module:  # the model with its weights
-    "Make a model and load its weights, refusing a file that lacks a key or has one too many. See `create_backbone` for where they are looked for."
+    """Make a model and load its weights, refusing a file that lacks a key or has one too many.
+
+    See `create_backbone` for where they are looked for."""
     folder = data_folder() / "weights"
-    local = [folder / spec.weights] if spec.weights else [f for f in (folder / f"{spec.timm_name}.safetensors", folder / spec.timm_name) if f.exists()]
+    local = [folder / spec.weights] if spec.weights else [f
+        for f in (folder / f"{spec.timm_name}.safetensors", folder / spec.timm_name) if f.exists()]
     file = Path(weights) if weights else local[0] if local else None
     if file is not None and not file.exists():
         raise FileNotFoundError(f"backbone={name!r}: no weights at {file}; " + (
-            "run nbs/pretrain_tiny.ipynb to make them" if spec.weights and not weights else f"download {hub_page(spec)} to that file"))
+            "run nbs/pretrain_tiny.ipynb to make them" if spec.weights and not weights
+            else f"download {hub_page(spec)} to that file"))
     if file is None:
         try:
             if not spec.build: return make(pretrained=True, **options)
@@ -275,23 +345,34 @@ def load_weights(
             file = Path(snapshot_download(INTERNVIT, allow_patterns=[f"*.{suffix}", f"*.{suffix}.index.json"]))
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"backbone={name!r}: the weights of {spec.timm_name} could not be downloaded ({str(error).splitlines()[0][:120]}); with a network they come from "
-                f"{hub_page(spec)}; without one, put its model.safetensors at {folder / (spec.timm_name + '.safetensors')} or anywhere with weights=<file>, or pass pretrained=False for random weights") from error
+                f"backbone={name!r}: the weights of {spec.timm_name} could not be downloaded "
+                f"({str(error).splitlines()[0][:120]}); with a network they come from "
+                f"{hub_page(spec)}; without one, put its model.safetensors at "
+                f"{folder / (spec.timm_name + '.safetensors')} or anywhere with weights=<file>, or pass "
+                "pretrained=False for random weights") from error
     state = read_checkpoint(file)
     model = make(**options)
-    cfg, convert = model.pretrained_cfg, getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
-    if spec.build: state = convert_internvit(state)
-    plain = dict(interpolation="bilinear", antialias=False) if "radio" in spec.timm_name else {}  # as timm does for these
+    cfg, convert = model.pretrained_cfg, getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn",
+        lambda state, model: state)
+    if spec.build:
+        state = convert_internvit(state)
+    # as timm does for these
+    plain = dict(interpolation="bilinear", antialias=False) if "radio" in spec.timm_name else {}
     heads = cfg.get("classifier") or ()
-    unused = tuple(f"{h}." for h in ((heads,) if isinstance(heads, str) else heads)) + ("attn_pool.",)  # what a backbone has no use for
+    # what a backbone has no use for
+    unused = tuple(f"{h}." for h in ((heads,) if isinstance(heads, str) else heads)) + ("attn_pool.",)
     try:
         state = {k: v for k, v in convert(state, model, **plain).items() if not k.startswith(unused)}
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(f"backbone={name!r}: {file} does not fit {spec.timm_name}: {' '.join(str(error).split())[:400]}") from error
+        raise ValueError(
+            f"backbone={name!r}: {file} does not fit {spec.timm_name}: {' '.join(str(error).split())[:400]}") from error
     if missing or unexpected:
-        few = lambda keys: f"{len(keys)} keys" + (f" ({', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''})" if keys else "")
-        raise ValueError(f"backbone={name!r}: {file} does not fit {spec.timm_name}: missing {few(missing)}, unexpected {few(unexpected)}")
+        def few(keys):
+            return f"{len(keys)} keys" + (f" ({', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''})" if keys else "")
+        raise ValueError(
+            f"backbone={name!r}: {file} does not fit {spec.timm_name}: missing {few(missing)}, unexpected "
+            f"{few(unexpected)}")
     return model
 
 
@@ -302,7 +383,8 @@ def hub_page(spec: BackboneSpec) -> str:
 # %% ../../nbs/20_backbones.ipynb #95ab63d1
 def feature_layers(depth: int) -> tuple[int, ...]:
     "The four 0-based blocks that feed the head: fractions 1/3, 1/2, 2/3 and 1 of `depth` (at least 3 blocks)."
-    if depth < 3: raise ValueError(f"depth={depth}: a backbone needs at least 3 blocks to give four feature maps")
+    if depth < 3:
+        raise ValueError(f"depth={depth}: a backbone needs at least 3 blocks to give four feature maps")
     return tuple(round(depth * fraction) - 1 for fraction in (1 / 3, 1 / 2, 2 / 3, 1))
 
 # %% ../../nbs/20_backbones.ipynb #b5d8167f
@@ -310,11 +392,18 @@ def extract_features(
     model: nn.Module,  # from `create_backbone`
     images: torch.Tensor,  # (B, 3, H, W), normalised; H and W multiples of the patch
     layers: tuple[int, ...] | None = None,  # 0-based blocks; None: `feature_layers(depth)`
-) -> list[torch.Tensor]:  # four maps (B, C, H / patch, W / patch), of the images' dtype where the model is held in fewer bits
-    "Outputs of the chosen blocks as maps, prefix tokens removed, no final norm. Raises `ValueError` for a size that the patch does not divide."
+# four maps (B, C, H / patch, W / patch), of the images' dtype where the model is held in fewer bits
+) -> list[torch.Tensor]:
+    """Outputs of the chosen blocks as maps, prefix tokens removed, no final norm.
+
+    Raises `ValueError` for a size that the patch does not divide."""
     patch, (height, width) = patch_size_of(model), images.shape[-2:]
     if height % patch or width % patch:
-        raise ValueError(f"image size {height}x{width} is not a multiple of the patch ({patch}): pad the images, or use Segmenter.predict, which does")
-    read = partial(model.forward_intermediates, indices=list(layers or feature_layers(len(model.blocks))), intermediates_only=True, norm=False)
+        raise ValueError(
+            f"image size {height}x{width} is not a multiple of the patch ({patch}): pad the images, or use "
+            "Segmenter.predict, which does")
+    read = partial(model.forward_intermediates, indices=list(layers or feature_layers(len(model.blocks))),
+        intermediates_only=True, norm=False)
     if model.patch_embed.proj.weight.dtype == images.dtype: return read(images)
-    with torch.autocast(images.device.type, torch.bfloat16): return [m.to(images.dtype) for m in read(images)]  # held in fewer bits
+    with torch.autocast(images.device.type, torch.bfloat16):
+        return [m.to(images.dtype) for m in read(images)]  # held in fewer bits

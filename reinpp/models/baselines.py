@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .rein_g import Adapter, own_precision, ReinG, sizes_of
+from .rein_g import Adapter, ReinG, own_precision, sizes_of
 
 # %% ../../nbs/22_baselines.ipynb #a03d5b37
 class Freeze(Adapter):
@@ -21,62 +21,78 @@ class Freeze(Adapter):
 
     trains_backbone = False
 
-    def __init__(self): super().__init__()
+    def __init__(self):
+        super().__init__()
 
-    def _place(self, vit: nn.Module) -> None: vit.eval().requires_grad_(self.trains_backbone)
+    def _place(self, vit: nn.Module) -> None:
+        vit.eval().requires_grad_(self.trains_backbone)
 
 
 class Full(Freeze):
     """Every weight of the backbone learns too, at a tenth of the learning rate ("Full").
 
     The backbone stays in eval mode (no drop path), as the frozen ones are, so that the methods differ in nothing else.
-    `detach` undoes nothing: a second copy of all weights would be needed for that. Raises `ValueError` for weights that are packed into integers."""
+    `detach` undoes nothing: a second copy of all weights would be needed for that. Raises `ValueError` for weights that
+    are packed into integers."""
 
     trains_backbone = True
 
     def _place(self, vit: nn.Module) -> None:
-        packed = [name for name, p in vit.named_parameters() if type(p.data) is not torch.Tensor or not p.is_floating_point()]
-        if packed: raise ValueError(f"Full: {len(packed)} weights of the backbone are packed into integers and cannot be trained, first {packed[0]}: use hold='fp32'")
+        packed = [name for name, p in vit.named_parameters() if type(p.data) is not torch.Tensor
+            or not p.is_floating_point()]
+        if packed:
+            raise ValueError(
+                f"Full: {len(packed)} weights of the backbone are packed into integers and cannot be trained, first "
+                f"{packed[0]}: use hold='fp32'")
         super()._place(vit)
 
 # %% ../../nbs/22_baselines.ipynb #10447c8a
 class BitFit(Adapter):
     """Every bias of the backbone's blocks learns (Ben Zaken et al., "BitFit", ACL 2022).
 
-    The biases are the backbone's own parameters and keep their names, so they want the adapters' learning rate, not that of "Full".
-    `detach` puts the old ones back and remembers the trained ones, which the next `attach` puts in. Wants a backbone in float32 (or autocast): steps of 1e-4 are lost in bfloat16."""
+    The biases are the backbone's own parameters and keep their names, so they want the adapters' learning rate, not
+    that of "Full". `detach` puts the old ones back and remembers the trained ones, which the next `attach` puts in.
+    Wants a backbone in float32 (or autocast): steps of 1e-4 are lost in bfloat16."""
 
     def __init__(self):
         super().__init__()
         self._other = None  # attached: the biases before; detached: the trained ones
 
-    def _biases(self, vit: nn.Module) -> list[nn.Parameter]: return [p for name, p in vit.blocks.named_parameters() if name.endswith("bias")]
+    def _biases(self, vit: nn.Module) -> list[nn.Parameter]:
+        return [p for name, p in vit.blocks.named_parameters() if name.endswith("bias")]
 
     @torch.no_grad()
     def _swap(self, biases: list) -> None:
         now = [p.detach().clone() for p in biases]
-        for p, other in zip(biases, self._other or []): p.copy_(other)
+        for p, other in zip(biases, self._other or []):
+            p.copy_(other)
         self._other = now
 
     def _place(self, vit: nn.Module) -> None:
         biases = self._biases(vit)
-        if not biases: raise ValueError(f"BitFit: the blocks of this {type(vit).__name__} have no bias to train")
+        if not biases:
+            raise ValueError(f"BitFit: the blocks of this {type(vit).__name__} have no bias to train")
         vit.eval().requires_grad_(False)
         self._swap(biases)
-        for p in biases: p.requires_grad_(True)
+        for p in biases:
+            p.requires_grad_(True)
 
     def detach(self) -> None:
         for vit in self._vit:
             biases = self._biases(vit)
-            if biases: self._swap(biases)
-            for p in biases: p.requires_grad_(False).grad = None
+            if biases:
+                self._swap(biases)
+            for p in biases:
+                p.requires_grad_(False).grad = None
         super().detach()
 
 # %% ../../nbs/22_baselines.ipynb #477649e9
 class LoRA(Adapter):
-    """Low-rank changes to the query and value projections (Hu et al., "LoRA", ICLR 2022, which adapts exactly these two), with the layers of `peft`.
+    """Low-rank changes to the query and value projections (Hu et al., "LoRA", ICLR 2022, which adapts exactly these
+    two), with the layers of `peft`.
 
-    The keys never change. Raises `ImportError` without peft, `ValueError` for an attention whose projections are not found or are not `embed_dim` wide."""
+    The keys never change. Raises `ImportError` without peft, `ValueError` for an attention whose projections are not
+    found or are not `embed_dim` wide."""
 
     def __init__(
         self,
@@ -86,8 +102,10 @@ class LoRA(Adapter):
         alpha: float = 8,  # the change is scaled by alpha / r
     ):
         super().__init__(embed_dim=embed_dim, depth=depth, rank=rank, alpha=alpha)
-        try: from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error: raise ImportError("adapter='lora' needs the peft library: pip install peft") from error
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError("adapter='lora' needs the peft library: pip install peft") from error
         self.layers = nn.ModuleList(nn.ModuleDict({name: _Zero(embed_dim) for name in "qv"}) for _ in range(depth))
         self.layers.here = nn.Parameter(torch.empty(0))  # peft asks the model's first parameter where it is
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q", "v"]), self.layers)
@@ -99,11 +117,15 @@ class LoRA(Adapter):
             fused, q, v = (getattr(attention, name, None) for name in ("qkv", "q_proj", "v_proj"))
             found = [fused.out_features] if fused is not None else [m.out_features for m in (q, v) if m is not None]
             if found not in ([3 * width], [width, width]):
-                raise ValueError(f"LoRA: {type(attention).__name__} of this backbone has no qkv of width {3 * width} and no q_proj and v_proj of width {width}")
+                raise ValueError(
+                    f"LoRA: {type(attention).__name__} of this backbone has no qkv of width {3 * width} and no "
+                    f"q_proj and v_proj of width {width}")
             if fused is None:
-                self._hooks += [linear.register_forward_hook(partial(self._add, layer[name])) for linear, name in ((q, "q"), (v, "v"))]
+                self._hooks += [linear.register_forward_hook(partial(self._add, layer[name])) for linear,
+                    name in ((q, "q"), (v, "v"))]
                 continue
-            if getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate: self._hooks.append(_LentBias(attention))
+            if getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate:
+                self._hooks.append(_LentBias(attention))
             self._hooks.append(fused.register_forward_hook(partial(self._add_fused, layer)))
 
     @staticmethod
@@ -117,7 +139,9 @@ class LoRA(Adapter):
 
 
 class _Zero(nn.Linear):
-    "The base that peft's layers stand on: gives 0, so that a layer on it gives only its change. The weight is empty; peft asks for its device and type."
+    """The base that peft's layers stand on: gives 0, so that a layer on it gives only its change.
+
+    The weight is empty; peft asks for its device and type."""
 
     def __init__(self, width: int):
         nn.Module.__init__(self)
@@ -125,31 +149,37 @@ class _Zero(nn.Linear):
         self.bias = None
         self.register_buffer("weight", torch.empty(0), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return x.new_zeros(())
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(())
 
 
 class _LentBias:
-    """timm's fused EVA attention multiplies with `qkv.weight` itself and never calls `qkv`, so a hook there would be silent. While this is in place the
-    attention believes that it has no bias, so it calls `qkv`, which is lent the same bias: the same operation, bit for bit. Names of parameters do not change."""
+    """timm's fused EVA attention multiplies with `qkv.weight` itself and never calls `qkv`, so a hook there would be
+    silent. While this is in place the attention believes that it has no bias, so it calls `qkv`, which is lent the
+    same bias: the same operation, bit for bit. Names of parameters do not change."""
 
     def __init__(self, attention: nn.Module):
         self.attention = attention
         attention.__dict__["q_bias"] = None  # hides the parameter
-        self.handles = [attention.qkv.register_forward_pre_hook(self.lend), attention.qkv.register_forward_hook(self.take_back)]
+        self.handles = [attention.qkv.register_forward_pre_hook(self.lend),
+            attention.qkv.register_forward_hook(self.take_back)]
 
     def lend(self, qkv: nn.Module, args: tuple) -> None:
         own = self.attention._parameters
         qkv.__dict__["bias"] = torch.cat((own["q_bias"], self.attention.k_bias, own["v_bias"]))
 
-    def take_back(self, qkv: nn.Module, args: tuple, output: torch.Tensor) -> None: del qkv.__dict__["bias"]
+    def take_back(self, qkv: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        del qkv.__dict__["bias"]
 
     def remove(self) -> None:
-        for handle in self.handles: handle.remove()
+        for handle in self.handles:
+            handle.remove()
         del self.attention.__dict__["q_bias"]
 
 # %% ../../nbs/22_baselines.ipynb #449a2738
 class AdaptFormer(Adapter):
-    """A bottleneck in parallel to every MLP, its up projection 0 at first (Chen et al., "AdaptFormer", NeurIPS 2022, eq. 4-5; s = 0.1, fixed, and width 64 are its choices).
+    """A bottleneck in parallel to every MLP, its up projection 0 at first (Chen et al., "AdaptFormer", NeurIPS 2022,
+    eq. 4-5; s = 0.1, fixed, and width 64 are its choices).
 
     Raises `ValueError` for blocks without `mlp` and `drop_path2`."""
 
@@ -163,17 +193,24 @@ class AdaptFormer(Adapter):
         super().__init__(embed_dim=embed_dim, depth=depth, width=width, scale=scale)
         self.down = nn.ModuleList(nn.Linear(embed_dim, width) for _ in range(depth))
         self.up = nn.ModuleList(nn.Linear(width, embed_dim) for _ in range(depth))
-        for layer in self.down: nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-        for layer in (*self.down, *self.up): nn.init.zeros_(layer.bias)
-        for layer in self.up: nn.init.zeros_(layer.weight)
+        for layer in self.down:
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+        for layer in (*self.down, *self.up):
+            nn.init.zeros_(layer.bias)
+        for layer in self.up:
+            nn.init.zeros_(layer.weight)
         self._inputs = {}  # of each MLP, until its block adds up
 
     def _place(self, vit: nn.Module) -> None:
         for layer, block in enumerate(vit.blocks):
-            if not (hasattr(block, "mlp") and hasattr(block, "drop_path2")): raise ValueError(f"AdaptFormer: {type(block).__name__} of this backbone has no mlp and drop_path2 to stand beside")
-            self._hooks += [block.mlp.register_forward_pre_hook(partial(self._see, layer)), block.drop_path2.register_forward_hook(partial(self._add, layer))]
+            if not (hasattr(block, "mlp") and hasattr(block, "drop_path2")):
+                raise ValueError(
+                    f"AdaptFormer: {type(block).__name__} of this backbone has no mlp and drop_path2 to stand beside")
+            self._hooks += [block.mlp.register_forward_pre_hook(partial(self._see, layer)),
+                block.drop_path2.register_forward_hook(partial(self._add, layer))]
 
-    def _see(self, layer: int, mlp: nn.Module, args: tuple) -> None: self._inputs[layer] = args[0]
+    def _see(self, layer: int, mlp: nn.Module, args: tuple) -> None:
+        self._inputs[layer] = args[0]
 
     def _add(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         x = own_precision(self._inputs.pop(layer), self.down[layer].weight)
@@ -181,9 +218,12 @@ class AdaptFormer(Adapter):
 
 # %% ../../nbs/22_baselines.ipynb #aff78f12
 class VPT(Adapter):
-    """Learnable tokens that join the input of every block and leave after it: VPT-deep (Jia et al., "Visual Prompt Tuning", ECCV 2022, with its uniform init).
+    """Learnable tokens that join the input of every block and leave after it.
 
-    Has no neutral start: even prompts of 0 take attention. Raises `ValueError` for a backbone whose blocks pass maps, as SAM's do."""
+    VPT-deep (Jia et al., "Visual Prompt Tuning", ECCV 2022, with its uniform init).
+
+    Has no neutral start: even prompts of 0 take attention. Raises `ValueError` for a backbone whose blocks pass maps,
+    as SAM's do."""
 
     def __init__(
         self,
@@ -197,14 +237,20 @@ class VPT(Adapter):
         self.prompts = nn.Parameter(torch.empty(depth, num_tokens, embed_dim).uniform_(-bound, bound))
 
     def _place(self, vit: nn.Module) -> None:
-        if hasattr(vit.blocks[0], "window_size"): raise ValueError(f"VPT: the blocks of this {type(vit).__name__} pass maps (B, H, W, C), among which there is no place for prompts")
+        if hasattr(vit.blocks[0], "window_size"):
+            raise ValueError(
+                f"VPT: the blocks of this {type(vit).__name__} pass maps (B, H, W, C), among which there is no "
+                "place for prompts")
         for layer, block in enumerate(vit.blocks):
-            if hasattr(block.attn, "num_prefix_tokens"): self._hooks.append(_MorePrefix(block.attn, self.config["num_tokens"]))
-            self._hooks += [block.register_forward_pre_hook(partial(self._join, layer)), block.register_forward_hook(self._leave)]
+            if hasattr(block.attn, "num_prefix_tokens"):
+                self._hooks.append(_MorePrefix(block.attn, self.config["num_tokens"]))
+            self._hooks += [block.register_forward_pre_hook(partial(self._join, layer)),
+                block.register_forward_hook(self._leave)]
 
     def _join(self, layer: int, block: nn.Module, args: tuple) -> tuple:
         x, prefix = args[0], self.config["num_prefix_tokens"]
-        return (torch.cat([x[:, :prefix], self.prompts[layer].to(x.dtype).expand(len(x), -1, -1), x[:, prefix:]], dim=1), *args[1:])
+        return (torch.cat([x[:, :prefix], self.prompts[layer].to(x.dtype).expand(len(x), -1, -1), x[:, prefix:]],
+            dim=1), *args[1:])
 
     def _leave(self, block: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         prefix = self.config["num_prefix_tokens"]
@@ -218,10 +264,12 @@ class _MorePrefix:
         self.attention, self.more = attention, more
         attention.num_prefix_tokens += more
 
-    def remove(self) -> None: self.attention.num_prefix_tokens -= self.more
+    def remove(self) -> None:
+        self.attention.num_prefix_tokens -= self.more
 
 # %% ../../nbs/22_baselines.ipynb #65ab63ea
-ADAPTERS = {"rein_g": ReinG, "freeze": Freeze, "full": Full, "bitfit": BitFit, "lora": LoRA, "adaptformer": AdaptFormer, "vpt": VPT}
+ADAPTERS = {"rein_g": ReinG, "freeze": Freeze, "full": Full, "bitfit": BitFit, "lora": LoRA, "adaptformer": AdaptFormer,
+    "vpt": VPT}
 
 
 def create_adapter(
@@ -230,9 +278,12 @@ def create_adapter(
     **arguments,  # of the adapter's class; the backbone's sizes are filled in
 ) -> nn.Module:
     "An adapter of the right size, not attached yet. Raises `ValueError` for an unknown name or argument."
-    if name not in ADAPTERS: raise ValueError(f"adapter={name!r} is unknown: use one of {', '.join(ADAPTERS)}")
+    if name not in ADAPTERS:
+        raise ValueError(f"adapter={name!r} is unknown: use one of {', '.join(ADAPTERS)}")
     wanted = inspect.signature(ADAPTERS[name]).parameters
     sizes = {key: size for key, size in sizes_of(vit).items() if key in wanted}
-    try: inspect.signature(ADAPTERS[name]).bind(**sizes | arguments)
-    except TypeError as error: raise ValueError(f"adapter={name!r} does not take these arguments: {error}") from error
+    try:
+        inspect.signature(ADAPTERS[name]).bind(**sizes | arguments)
+    except TypeError as error:
+        raise ValueError(f"adapter={name!r} does not take these arguments: {error}") from error
     return ADAPTERS[name](**sizes | arguments)

@@ -18,21 +18,26 @@ from torch import nn
 
 from .backbones import patch_size_of
 from .rein_g import Adapter, Memory, ReinG
-from .segmenter import Segmenter, STRIDES
+from .segmenter import STRIDES, Segmenter
 
 # %% ../../nbs/29_export.ipynb #2c5c1bda
 class MergedReinG(ReinG):
-    "A trained Rein-G for inference: keys, values and queries are buffers, computed once; the MLP is the trained one. It refines exactly as the original does, and cannot be trained."
+    """A trained Rein-G for inference: keys, values and queries are buffers, computed once; the MLP is the trained one.
+
+    It refines exactly as the original does, and cannot be trained."""
 
     def __init__(self, adapter: ReinG):
         Adapter.__init__(self, **adapter.config)
-        for name in ("depth", "num_heads", "num_prefix_tokens", "share_mlp"): setattr(self, name, getattr(adapter, name))
+        for name in ("depth", "num_heads", "num_prefix_tokens", "share_mlp"):
+            setattr(self, name, getattr(adapter, name))
         self.mlp, self._memory = adapter.mlp, Memory()
         scale = adapter.scale.detach().clone()
         with torch.no_grad():
             pairs = [adapter.keys_and_values(layer, scale.device.type, scale.dtype) for layer in range(adapter.depth)]
             queries = adapter.queries()
-        for name, value in (("scale", scale), ("keys", torch.stack([k for k, _ in pairs])), ("values", torch.stack([v for _, v in pairs])), ("linked", queries)): self.register_buffer(name, value)
+        for name, value in (("scale", scale), ("keys", torch.stack([k for k, _ in pairs])),
+                ("values", torch.stack([v for _, v in pairs])), ("linked", queries)):
+            self.register_buffer(name, value)
 
     def keys_and_values(self, layer: int, device_type: str, dtype: torch.dtype) -> tuple:
         "T and V of one layer by heads, each (h, m, c / h)."
@@ -47,7 +52,9 @@ class MergedReinG(ReinG):
 def merged(
     segmenter: Segmenter,
 ) -> Iterator[Segmenter]:
-    "Within this context the segmenter is in eval mode and its Rein-G is merged; afterwards it is as it was. Other adapters stay as they are."
+    """Within this context the segmenter is in eval mode and its Rein-G is merged; afterwards it is as it was.
+
+    Other adapters stay as they are."""
     own, training = segmenter.adapter, segmenter.training
     segmenter.eval()
     try:
@@ -60,7 +67,8 @@ def merged(
         if segmenter.adapter is not own:
             segmenter.adapter.detach()
             segmenter.adapter = own
-        if not own._vit: own.attach(segmenter.backbone)
+        if not own._vit:
+            own.attach(segmenter.backbone)
         segmenter.train(training)
 
 # %% ../../nbs/29_export.ipynb #d8f64f29
@@ -82,59 +90,94 @@ SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 def _onnx_packages():
     "Raises `ImportError` with what to do."
     try:
-        import onnx, onnxruntime, onnxscript  # noqa: E401
-    except ImportError as error: raise ImportError(f"format='onnx' needs onnx, onnxscript and onnxruntime ({error}): pip install onnx onnxscript onnxruntime, or use format='torch'") from error
+        import onnx  # noqa: E401
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise ImportError(
+            f"format='onnx' needs onnx, onnxscript and onnxruntime ({error}): pip install onnx onnxscript "
+            "onnxruntime, or use format='torch'") from error
     return onnxruntime
 
 
 def load_program(
     path: str | Path,  # that `export` wrote: .pt2 or .onnx
 ) -> Callable:  # images (B, 3, height, width) float32 in [0, 1], of the exported size -> scores (B, K, height, width)
-    "A program as a function, without gradients. Without this package: `torch.export.load(path).module()`, or onnxruntime's `InferenceSession`. Raises `FileNotFoundError`, and `ImportError` for ONNX without its packages."
+    """A program as a function, without gradients.
+
+    Without this package: `torch.export.load(path).module()`, or onnxruntime's `InferenceSession`. Raises
+    `FileNotFoundError`, and `ImportError` for ONNX without its packages."""
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such program; export(segmenter, path) writes one")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such program; export(segmenter, path) writes one")
     if path.suffix == SUFFIXES["onnx"]:
         session = _onnx_packages().InferenceSession(str(path))
-        return lambda images: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})[0])
+        return lambda images: torch.from_numpy(
+            session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})[0])
     return torch.no_grad()(torch.export.load(path).module())
 
 
 def export(
     segmenter: Segmenter,  # with its weights; left as it is
     path: str | Path,  # file to write: .pt2 for torch, .onnx for onnx
-    format: str = "torch",  # "torch": torch.export, which PyTorch runs; "onnx": for ONNX runtimes, needs onnx, onnxscript and onnxruntime
-    image_size: int | tuple[int, int] | None = None,  # of the window in pixels, multiples of the patch; None: what the segmenter was made for
+    # "torch": torch.export, which PyTorch runs; "onnx": for ONNX runtimes, needs onnx, onnxscript and onnxruntime
+    format: str = "torch",
+    # of the window in pixels, multiples of the patch; None: what the segmenter was made for
+    image_size: int | tuple[int, int] | None = None,
     tolerance: float = 1e-4,  # largest difference of a score; where scores are above 1, of the largest one
 ) -> dict:  # path, format, image_size, megabytes, seconds, difference
-    """Write a segmenter as a program from a window of images to its scores, and say how far the program is from the segmenter.
+    """Write a segmenter as a program from a window of images to its scores, and say how far the program is from the
+    segmenter.
 
-    The file is read back and run on one and on two images before it takes its name: nothing is left when a score differs by more than `tolerance`, and an older file
-    stays. It computes on the kind of device that the segmenter is on. Raises `ValueError` for an unknown format, another suffix, a size that does not fit, weights held
-    in 8 or 4 bits, and a program that differs; `ImportError` where ONNX's packages are missing."""
+    The file is read back and run on one and on two images before it takes its name: nothing is left when a score
+    differs by more than `tolerance`, and an older file stays. It computes on the kind of device that the segmenter is
+    on. Raises `ValueError` for an unknown format, another suffix, a size that does not fit, weights held in 8 or 4
+    bits, and a program that differs; `ImportError` where ONNX's packages are missing."""
     path = Path(path)
-    if format not in SUFFIXES: raise ValueError(f"format={format!r}: use {' or '.join(SUFFIXES)}")
-    if path.suffix != SUFFIXES[format]: raise ValueError(f"{path}: a program of format={format!r} is a {SUFFIXES[format]} file: name it {path.with_suffix(SUFFIXES[format]).name}")
+    if format not in SUFFIXES:
+        raise ValueError(f"format={format!r}: use {' or '.join(SUFFIXES)}")
+    if path.suffix != SUFFIXES[format]:
+        raise ValueError(
+            f"{path}: a program of format={format!r} is a {SUFFIXES[format]} file: name it "
+            f"{path.with_suffix(SUFFIXES[format]).name}")
     wanted = image_size or segmenter.config["image_size"]
     size = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
     patch, hold = patch_size_of(segmenter.backbone), segmenter.config["backbone_args"].get("hold", "fp32")
-    if len(size) != 2 or any(side < STRIDES[-1] or side % patch for side in size): raise ValueError(f"image_size={image_size!r}: height and width must be multiples of the patch ({patch}), {STRIDES[-1]} or more")
-    if hold not in ("fp32", "bf16"): raise ValueError(f"weights held in {hold} cannot be exported: load the segmenter with backbone_args=dict(hold='bf16') or 'fp32'")
-    if format == "onnx": _onnx_packages()
+    if len(size) != 2 or any(side < STRIDES[-1] or side % patch for side in size):
+        raise ValueError(
+            f"image_size={image_size!r}: height and width must be multiples of the patch ({patch}), {STRIDES[-1]} "
+            "or more")
+    if hold not in ("fp32", "bf16"):
+        raise ValueError(
+            f"weights held in {hold} cannot be exported: load the segmenter with backbone_args=dict(hold='bf16') or "
+            "'fp32'")
+    if format == "onnx":
+        _onnx_packages()
     example = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(segmenter.mean.device)
     begin, aside = time.perf_counter(), path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with torch.no_grad():
-            expected = segmenter.predict(example)  # first: it also fills the head's tables of positions, which tracing would fill without numbers
+            # first: it also fills the head's tables of positions, which tracing would fill without numbers
+            expected = segmenter.predict(example)
             with merged(segmenter):
-                program = torch.export.export(Window(segmenter, size).eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
-                if format == "torch": torch.export.save(program, aside)
-                else: torch.onnx.export(program, (), dynamo=True, input_names=["images"], output_names=["scores"], verbose=False).save(aside, external_data=False)
+                program = torch.export.export(Window(segmenter, size).eval(), (example,),
+                    dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+                if format == "torch":
+                    torch.export.save(program, aside)
+                else:
+                    torch.onnx.export(program, (), dynamo=True, input_names=["images"], output_names=["scores"],
+                        verbose=False).save(aside, external_data=False)
             run = load_program(aside)
             difference = max(float((run(example[:n]) - expected[:n]).abs().max()) for n in (1, 2))
-        if not difference <= tolerance * max(1.0, float(expected.max())): raise ValueError(f"{path}: the exported program differs from the segmenter by {difference:.2g}, more than tolerance={tolerance:g}; nothing was written")
-        made = dict(path=str(path), format=format, image_size=size, megabytes=round(aside.stat().st_size / 1e6, 2), seconds=round(time.perf_counter() - begin, 1), difference=difference)
+        if not difference <= tolerance * max(1.0, float(expected.max())):
+            raise ValueError(
+                f"{path}: the exported program differs from the segmenter by {difference:.2g}, more than "
+                f"tolerance={tolerance:g}; nothing was written")
+        made = dict(path=str(path), format=format, image_size=size, megabytes=round(aside.stat().st_size / 1e6, 2),
+            seconds=round(time.perf_counter() - begin, 1), difference=difference)
         os.replace(aside, path)
-    finally: aside.unlink(missing_ok=True)
+    finally:
+        aside.unlink(missing_ok=True)
     print(f"{path.name}: {made['megabytes']} MB, {size[0]} x {size[1]} pixels, largest difference of a score {difference:.2g}")
     return made

@@ -23,41 +23,47 @@ from ..processes import all_reduce_mean, get_world_size, others, rand
 class Target(NamedTuple):
     "What should be found in one image."
     classes: Tensor  # (n,) int64, the classes present
-    masks: Tensor    # (n, H, W) bool, one mask per class
+    masks: Tensor  # (n, H, W) bool, one mask per class
 
 
 def targets_from_labels(
-    labels: Tensor,    # (B, H, W) integer trainIds, 255 = ignore
+    labels: Tensor,  # (B, H, W) integer trainIds, 255 = ignore
     num_classes: int,  # K
-) -> list[Target]:     # one per image; an image without any label has n = 0
-    "One binary mask per class present; 255 is background for every mask. Raises ValueError for any other label outside 0..K-1."
+) -> list[Target]:  # one per image; an image without any label has n = 0
+    """One binary mask per class present; 255 is background for every mask.
+
+    Raises ValueError for any other label outside 0..K-1."""
     flat = labels.flatten(1).long()
     count = flat.new_zeros(len(flat), 256).scatter_add_(1, flat.clamp(0, 255), torch.ones_like(flat))
     present = (count > 0).cpu()  # one copy to the host for the whole batch
     strange = [k for k in range(num_classes, 256) if k != IGNORE and present[:, k].any()]
-    if strange: raise ValueError(f"targets_from_labels: labels contain {strange}, but the head has {num_classes} classes (0..{num_classes - 1}) and {IGNORE} for ignore")
+    if strange:
+        raise ValueError(
+            f"targets_from_labels: labels contain {strange}, but the head has {num_classes} classes "
+            f"(0..{num_classes - 1}) and {IGNORE} for ignore")
     classes = [row[:num_classes].nonzero().flatten().to(labels.device, non_blocking=True) for row in present]
     return [Target(c, label == c[:, None, None]) for c, label in zip(classes, labels)]
 
 # %% ../../nbs/23_losses.ipynb #812abec6
 def point_sample(
-    maps: Tensor,    # (N, C, H, W)
+    maps: Tensor,  # (N, C, H, W)
     points: Tensor,  # (N, ..., 2) x, y in [0, 1]; the centre of the first pixel is at (.5 / W, .5 / H)
-) -> Tensor:         # (N, C, ...)
+) -> Tensor:  # (N, C, ...)
     "Bilinear values of maps at points; outside is 0 (the convention of PointRend and Mask2Former)."
-    if not maps.shape[0] * maps.shape[1]: return maps.new_zeros(*maps.shape[:2], *points.shape[1:-1])  # no masks, no values
+    if not maps.shape[0] * maps.shape[1]:
+        return maps.new_zeros(*maps.shape[:2], *points.shape[1:-1])  # no masks, no values
     seen = F.grid_sample(maps, 2 * points.reshape(len(points), 1, -1, 2) - 1, mode="bilinear", align_corners=False)
     return seen.view(*seen.shape[:2], *points.shape[1:-1])
 
 
 @torch.no_grad()
 def uncertain_points(
-    logits: Tensor,           # (N, 1, h, w) mask logits
-    num_points: int,          # points per mask
-    oversample: float = 3,    # candidates per point
+    logits: Tensor,  # (N, 1, h, w) mask logits
+    num_points: int,  # points per mask
+    oversample: float = 3,  # candidates per point
     importance: float = .75,  # share of points taken for their uncertainty; the others are uniform
     elsewhere: tuple = (0, 0),  # masks of the processes before and after this one, see `processes.rand`
-) -> Tensor:                  # (N, num_points, 2) in [0, 1]
+) -> Tensor:  # (N, num_points, 2) in [0, 1]
     "Points where the sign of the logit is least certain, and some uniform ones (PointRend, Sec. 3.3)."
     candidates = rand(len(logits), int(num_points * oversample), 2, elsewhere=elsewhere, device=logits.device)
     number = int(importance * num_points)
@@ -69,11 +75,11 @@ def uncertain_points(
 @torch.no_grad()
 def matching_costs(
     class_logits: Tensor,  # (B, Q, K + 1)
-    mask_logits: Tensor,   # (B, Q, P) at the matching points
-    classes: Tensor,       # (B, n) int64, padded with 0
-    masks: Tensor,         # (B, n, P) at the same points, in [0, 1]
+    mask_logits: Tensor,  # (B, Q, P) at the matching points
+    classes: Tensor,  # (B, n) int64, padded with 0
+    masks: Tensor,  # (B, n, P) at the same points, in [0, 1]
     weights: tuple[float, float, float] = (2, 5, 5),  # class, BCE, dice
-) -> Tensor:               # (B, Q, n) float32
+) -> Tensor:  # (B, Q, n) float32
     "The cost of every (query, target) pair."
     chance = class_logits.float().softmax(-1).gather(2, classes[:, None].expand(-1, class_logits.shape[1], -1))
     x, t = mask_logits.float(), masks.transpose(1, 2)
@@ -85,22 +91,25 @@ def matching_costs(
 
 @torch.no_grad()
 def match(
-    output: HeadOutput,     # predictions
+    output: HeadOutput,  # predictions
     targets: list[Target],  # one per image
     num_points: int = 12544,  # uniform points, drawn once per image for all predictions
     weights: tuple[float, float, float] = (2, 5, 5),  # class, BCE, dice
     elsewhere: tuple[int, int] = (0, 0),  # images of the processes before and after this one, see `processes.rand`
-) -> Tensor:                # (predictions, sum of n) int64 on the host: the query of each target (images one after another), -1: unmatched
+# (predictions, sum of n) int64 on the host: the query of each target (images one after another), -1: unmatched
+) -> Tensor:
     "Hungarian matching of every prediction with the targets of every image; one device-to-host copy in all."
     from scipy.optimize import linear_sum_assignment
     sizes = [len(t.classes) for t in targets]
     matched = torch.full((len(output.class_logits), sum(sizes)), -1)
     device = output.mask_logits[-1].device
-    if sum(sizes) or sum(elsewhere): points = rand(len(targets), num_points, 2, elsewhere=elsewhere, device=device)
+    if sum(sizes) or sum(elsewhere):
+        points = rand(len(targets), num_points, 2, elsewhere=elsewhere, device=device)
     if not sum(sizes): return matched
     with torch.autocast(device.type, enabled=False):
         classes = torch.nn.utils.rnn.pad_sequence([t.classes for t in targets], batch_first=True)
-        masks = torch.nn.utils.rnn.pad_sequence([point_sample(t.masks[None].float(), p[None])[0] for t, p in zip(targets, points)], batch_first=True)
+        masks = torch.nn.utils.rnn.pad_sequence(
+            [point_sample(t.masks[None].float(), p[None])[0] for t, p in zip(targets, points)], batch_first=True)
         cost = torch.stack([matching_costs(c, point_sample(m.float(), points), classes, masks, weights)
                             for c, m in zip(output.class_logits, output.mask_logits)])
         worst = torch.finfo(cost.dtype).max
@@ -114,7 +123,8 @@ def match(
     for image, (n, rows) in enumerate(zip(sizes, real)):
         for prediction, c in enumerate(cost[:, image, :, :n]):
             query, target = linear_sum_assignment(c[rows])
-            if not isinstance(rows, slice): query = rows[query]
+            if not isinstance(rows, slice):
+                query = rows[query]
             matched[prediction, start + torch.from_numpy(target)] = torch.from_numpy(query)
         start += n
     return matched
@@ -122,57 +132,68 @@ def match(
 # %% ../../nbs/23_losses.ipynb #c17b68a8
 def average_count(
     number: Tensor | float,  # a count on this process
-    device: torch.device,    # where the result is wanted
-) -> Tensor:                 # scalar float32
-    "Mean of a count over the processes of a distributed run, of at least 1 in all, so that gradients averaged over processes are those of one large batch."
+    device: torch.device,  # where the result is wanted
+) -> Tensor:  # scalar float32
+    """Mean of a count over the processes of a distributed run, of at least 1 in all, so that gradients averaged over
+    processes are those of one large batch."""
     number, = all_reduce_mean([torch.as_tensor(number, dtype=torch.float32, device=device)])
     return number.clamp(min=1 / get_world_size())
 
 
 def _class_loss(logits: Tensor, wanted: Tensor, no_object: float, whole: bool = True) -> Tensor:
-    "Sum over predictions (L, ...) of the weighted mean cross-entropy, over the whole batch of all processes or this one's; logits (L, B, Q, K + 1); wanted (L, B, Q), -100 = left out."
+    """Sum over predictions (L, ...) of the weighted mean cross-entropy, over the whole batch of all processes or this
+    one's; logits (L, B, Q, K + 1); wanted (L, B, Q), -100 = left out."""
     number = logits.shape[-1]
     weight = logits.new_ones(number)
     weight[-1] = no_object
-    loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), weight, reduction="none", ignore_index=-100).view(len(logits), wanted[0].numel())
+    loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), weight, reduction="none",
+        ignore_index=-100).view(len(logits), wanted[0].numel())
     share = weight[wanted.clamp(min=0)].masked_fill(wanted < 0, 0).flatten(1).sum(1)
-    if whole: share, = all_reduce_mean([share])
+    if whole:
+        share, = all_reduce_mean([share])
     return (loss.sum(1) / share.clamp(min=1e-6)).sum()
 
 
 def mask_classification_loss(
-    output: HeadOutput,       # all predictions; padded queries are never matched and learn no class
-    targets: list[Target],    # one per image; n = 0 is fine
+    output: HeadOutput,  # all predictions; padded queries are never matched and learn no class
+    targets: list[Target],  # one per image; n = 0 is fine
     num_points: int = 12544,  # points for the matching, and for the loss of each mask
-    oversample: float = 3,    # see `uncertain_points`
+    oversample: float = 3,  # see `uncertain_points`
     importance: float = .75,  # see `uncertain_points`
     weights: tuple[float, float, float] = (2, 5, 5),  # class, BCE, dice; for costs and losses
-    no_object: float = .1,    # weight of 'no object' in the cross-entropy
-) -> dict[str, Tensor]:       # total = class + mask + dice, scalars with gradient, weighted and summed over the predictions
+    no_object: float = .1,  # weight of 'no object' in the cross-entropy
+) -> dict[str, Tensor]:  # total = class + mask + dice, scalars with gradient, weighted and summed over the predictions
     "The mask-classification loss of eq. 14 (Mask2Former's set loss), for every prediction of the head."
     if len(targets) != len(output.class_logits[-1]):
-        raise ValueError(f"mask_classification_loss: {len(targets)} targets for a batch of {len(output.class_logits[-1])} images")
+        raise ValueError(
+            f"mask_classification_loss: {len(targets)} targets for a batch of {len(output.class_logits[-1])} images")
     device = output.mask_logits[-1].device
     images_elsewhere, masks_elsewhere = others([len(targets), sum(len(t.classes) for t in targets)], device)
     somewhere = sum(masks_elsewhere) + sum(len(t.classes) for t in targets)
     matched = match(output, targets, num_points, weights, images_elsewhere if somewhere else (0, 0))
     query = matched.clamp(min=0).to(device, non_blocking=True)
     found = (matched >= 0).to(device, non_blocking=True)
-    image = torch.tensor([i for i, t in enumerate(targets) for _ in t.classes], dtype=torch.int64).to(device, non_blocking=True)
+    image = torch.tensor([i for i, t in enumerate(targets) for _ in t.classes], dtype=torch.int64).to(device,
+        non_blocking=True)
     classes = torch.cat([t.classes for t in targets] or [image])
     number, elsewhere = average_count(len(classes), device), [n * len(output.mask_logits) for n in masks_elsewhere]
     with torch.autocast(device.type, enabled=False):
         logits = torch.stack(output.class_logits).float()
         wanted = torch.full(logits.shape[:-1], logits.shape[-1] - 1, device=device)
         for row, q, here in zip(wanted, query, found):  # an unmatched target writes into a row that is cut off
-            spare = F.pad(row, (0, 1)); spare[image, torch.where(here, q, row.shape[1])] = classes
+            spare = F.pad(row, (0, 1))
+            spare[image, torch.where(here, q, row.shape[1])] = classes
             row.copy_(spare[:, :-1])
-        if output.padding is not None: wanted = wanted.masked_fill(output.padding, -100)
+        if output.padding is not None:
+            wanted = wanted.masked_fill(output.padding, -100)
         total = {"class": weights[0] * _class_loss(logits, wanted, no_object)}
         if len(classes):
-            masks = torch.stack([m[image, q] for m, q in zip(output.mask_logits, query)], 1).float()   # (T, predictions, h, w)
-            points = uncertain_points(masks.detach().flatten(0, 1).unsqueeze(1), num_points, oversample, importance, elsewhere)
-            x = point_sample(masks.flatten(0, 1).unsqueeze(1), points)[:, 0].view(*masks.shape[:2], -1)  # (T, predictions, P)
+            # (T, predictions, h, w)
+            masks = torch.stack([m[image, q] for m, q in zip(output.mask_logits, query)], 1).float()
+            points = uncertain_points(masks.detach().flatten(0, 1).unsqueeze(1), num_points, oversample, importance,
+                elsewhere)
+            # (T, predictions, P)
+            x = point_sample(masks.flatten(0, 1).unsqueeze(1), points)[:, 0].view(*masks.shape[:2], -1)
             with torch.no_grad():
                 points = points.view(*x.shape, 2).split([len(t.classes) for t in targets])
                 t = torch.cat([point_sample(t.masks.unsqueeze(1).float(), p)[:, 0] for t, p in zip(targets, points)])
@@ -180,7 +201,9 @@ def mask_classification_loss(
             share = found.T / number
             total |= {"mask": weights[1] * (bce * share).sum(), "dice": weights[2] * (dice * share).sum()}
         else:
-            if somewhere: uncertain_points(torch.zeros(0, 1, 1, 1, device=device), num_points, oversample, importance, elsewhere)  # the random stream goes on as in the processes that have masks
+            if somewhere:
+                # the random stream goes on as in the processes that have masks
+                uncertain_points(torch.zeros(0, 1, 1, 1, device=device), num_points, oversample, importance, elsewhere)
             zero = sum(m.sum() for m in output.mask_logits).float() * 0
             total |= {"mask": zero, "dice": zero}
         return {"total": sum(total.values()), **total}
@@ -195,23 +218,34 @@ def _mask_losses(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/23_losses.ipynb #a7906332
 def segmentation_loss(
     output: HeadOutput | Tensor,  # of a head: predictions of masks, or logits (B, K, h, w) per pixel
-    labels: Tensor,           # (B, H, W) integer trainIds, 255 = ignore
-    num_classes: int,         # K
+    labels: Tensor,  # (B, H, W) integer trainIds, 255 = ignore
+    num_classes: int,  # K
     num_points: int = 12544,  # for a `HeadOutput`: points for the matching and for the loss of each mask
-) -> dict[str, Tensor]:       # "total" and, for a `HeadOutput`, its parts; scalars with gradient, float32
-    """The loss that trains a head on labelled images: eq. 14 for predictions of masks, cross-entropy averaged over all labelled pixels for logits per pixel (bilinearly resized to the labels).
+) -> dict[str, Tensor]:  # "total" and, for a `HeadOutput`, its parts; scalars with gradient, float32
+    """The loss that trains a head on labelled images.
 
-    A batch without any labelled pixel has loss 0. Raises ValueError for labels outside 0..K-1 and 255, and for logits of another batch or class number."""
-    if isinstance(output, HeadOutput): return mask_classification_loss(output, targets_from_labels(labels, num_classes), num_points)
+    Eq. 14 for predictions of masks, cross-entropy averaged over all labelled pixels for logits per pixel (bilinearly
+    resized to the labels).
+
+    A batch without any labelled pixel has loss 0. Raises ValueError for labels outside 0..K-1 and 255, and for logits
+    of another batch or class number."""
+    if isinstance(output, HeadOutput):
+        return mask_classification_loss(output, targets_from_labels(labels, num_classes), num_points)
     if output.shape[:2] != (len(labels), num_classes):
-        raise ValueError(f"segmentation_loss: logits {tuple(output.shape)} for {len(labels)} label maps of {num_classes} classes; expected (B, K, h, w)")
+        raise ValueError(
+            f"segmentation_loss: logits {tuple(output.shape)} for {len(labels)} label maps of {num_classes} "
+            "classes; expected (B, K, h, w)")
     labels = labels.long()
     known = labels != IGNORE
     strange = known & ((labels < 0) | (labels >= num_classes))
-    if strange.any(): raise ValueError(f"segmentation_loss: labels contain {labels[strange].unique().tolist()}, but the head has {num_classes} classes (0..{num_classes - 1}) and {IGNORE} for ignore")
+    if strange.any():
+        raise ValueError(
+            f"segmentation_loss: labels contain {labels[strange].unique().tolist()}, but the head has {num_classes} "
+            f"classes (0..{num_classes - 1}) and {IGNORE} for ignore")
     with torch.autocast(output.device.type, enabled=False):
         logits = F.interpolate(output.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        return {"total": F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / average_count(known.sum(), output.device)}
+        return {"total": F.cross_entropy(logits, labels, ignore_index=IGNORE,
+            reduction="sum") / average_count(known.sum(), output.device)}
 
 # %% ../../nbs/23_losses.ipynb #df4d2141
 EPSILON = 1e-6  # keeps the normalised score and its logarithm finite where no query claims a pixel
@@ -219,7 +253,7 @@ EPSILON = 1e-6  # keeps the normalised score and its logarithm finite where no q
 
 def normalize_scores(
     scores: Tensor,  # (B, K, ...) at least 0, from `semantic_scores`
-) -> Tensor:         # the same shape, float32, sums to 1 over classes
+) -> Tensor:  # the same shape, float32, sums to 1 over classes
     "s_k / sum of s, with 1e-6 added to each score. Where no query claims a pixel the result is uniform. Not a softmax."
     with torch.autocast(scores.device.type, enabled=False):
         scores = scores.float() + EPSILON
@@ -227,11 +261,13 @@ def normalize_scores(
 
 
 def normalized_score_loss(
-    scores: Tensor,   # (B, K, h, w) from `semantic_scores`
-    labels: Tensor,   # (B, H, W) int64, 255 = ignore
+    scores: Tensor,  # (B, K, h, w) from `semantic_scores`
+    labels: Tensor,  # (B, H, W) int64, 255 = ignore
     weights: Tensor,  # (B, H, W) at least 0
-) -> Tensor:          # scalar
-    "Weighted negative log of the label's normalised score, averaged over all pixels (eq. 15); scores are resized bilinearly to the labels."
+) -> Tensor:  # scalar
+    """Weighted negative log of the label's normalised score, averaged over all pixels (eq. 15).
+
+    Scores are resized bilinearly to the labels."""
     with torch.autocast(scores.device.type, enabled=False):
         scores = scores.float()
         if scores.shape[-2:] != labels.shape[-2:]:
@@ -245,9 +281,9 @@ def normalized_score_loss(
 @torch.no_grad()
 def confidence(
     scores: Tensor,  # (B, K, H, W) from `semantic_scores`
-    tau: float,      # threshold on the top normalised score
+    tau: float,  # threshold on the top normalised score
     valid: Tensor | None = None,  # (B, H, W) bool or 0/1: pixels that are image, not padding
-) -> Tensor:         # (B,) float32 in [0, 1]: q of each image; 0 where nothing is valid
+) -> Tensor:  # (B,) float32 in [0, 1]: q of each image; 0 where nothing is valid
     "Share of valid pixels whose top normalised score is at least tau."
     sure = (normalize_scores(scores).amax(1) >= tau).float()
     valid = torch.ones_like(sure) if valid is None else valid.float()
@@ -255,17 +291,22 @@ def confidence(
 
 # %% ../../nbs/23_losses.ipynb #0ce5f4e5
 def paired_loss(
-    student: HeadOutput,    # all predictions, on the masked view
+    student: HeadOutput,  # all predictions, on the masked view
     teacher_class: Tensor,  # (B, Q, K + 1) logits of the teacher's last prediction, on the clean view
-    teacher_mask: Tensor,   # (B, Q, h, w) logits of the teacher's last prediction
-    valid: Tensor | None = None,  # (B, H, W) bool or 0/1: pixels that are image; a mask pixel counts by the valid share of what it covers
+    teacher_mask: Tensor,  # (B, Q, h, w) logits of the teacher's last prediction
+    # (B, H, W) bool or 0/1: pixels that are image; a mask pixel counts by the valid share of what it covers
+    valid: Tensor | None = None,
     weights: tuple[float, float, float] = (2, 5, 5),  # class, BCE, dice
     no_object: float = .1,  # weight of 'no object' in the cross-entropy
-    whole: bool = True,     # means over the whole batch of all processes; False: over this batch alone
-) -> dict[str, Tensor]:     # total = class + mask + dice, weighted and summed over the predictions
-    "Query i of the student learns class and mask of query i of the teacher (eq. 16). Raises ValueError if the queries cannot be paired."
+    whole: bool = True,  # means over the whole batch of all processes; False: over this batch alone
+) -> dict[str, Tensor]:  # total = class + mask + dice, weighted and summed over the predictions
+    """Query i of the student learns class and mask of query i of the teacher (eq. 16).
+
+    Raises ValueError if the queries cannot be paired."""
     if teacher_class.shape != student.class_logits[-1].shape or teacher_mask.shape != student.mask_logits[-1].shape:
-        raise ValueError(f"paired_loss pairs queries by index: student {tuple(student.class_logits[-1].shape)}, {tuple(student.mask_logits[-1].shape)}, "
+        raise ValueError(
+            f"paired_loss pairs queries by index: student {tuple(student.class_logits[-1].shape)}, "
+            f"{tuple(student.mask_logits[-1].shape)}, "
                          f"teacher {tuple(teacher_class.shape)}, {tuple(teacher_mask.shape)}")
     device = teacher_mask.device
     with torch.autocast(device.type, enabled=False):
@@ -282,7 +323,8 @@ def paired_loss(
         else:
             v = F.interpolate(valid[:, None].float(), size=teacher_mask.shape[-2:], mode="area").flatten(2)[image]
         p = x.sigmoid() * v
-        bce = (F.binary_cross_entropy_with_logits(x, t.expand_as(x), reduction="none") * v).sum(-1) / v.sum(-1).clamp(min=1e-6)
+        bce = (F.binary_cross_entropy_with_logits(x, t.expand_as(x), reduction="none") * v).sum(-1) / v.sum(-1).clamp(
+            min=1e-6)
         dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + (t * v).sum(-1) + 1)
         number = average_count(len(image), device) if whole else max(len(image), 1)
         zero = sum(m.sum() for m in student.mask_logits).float() * 0 if not len(image) else 0

@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 # %% ../../nbs/24_mask2former.ipynb #5300ac19
 class HeadOutput(NamedTuple):
-    "The predictions of a mask-classification head, first to last; the last entry is the final prediction. Logits, no sigmoid, no softmax."
+    """The predictions of a mask-classification head, first to last; the last entry is the final prediction.
+
+    Logits, no sigmoid, no softmax."""
     class_logits: list[Tensor]  # each (B, Q, K + 1); index K is 'no object'
-    mask_logits: list[Tensor]   # each (B, Q, h, w) at stride 4
+    mask_logits: list[Tensor]  # each (B, Q, h, w) at stride 4
     padding: Tensor | None = None  # (B, Q) bool, True where a query is no real query; None: all are real
 
 # %% ../../nbs/24_mask2former.ipynb #df6f9d3b
@@ -37,18 +39,20 @@ def _sine_position(height: int, width: int, dim: int, device: torch.device) -> T
 
 def sine_position(
     height: int,  # rows of the map
-    width: int,   # columns of the map
-    dim: int,     # channels, a multiple of 4: first half for y, second half for x
+    width: int,  # columns of the map
+    dim: int,  # channels, a multiple of 4: first half for y, second half for x
     device: torch.device | str = "cpu",
-) -> Tensor:      # (height * width, dim) float32, shared: do not write into it
+) -> Tensor:  # (height * width, dim) float32, shared: do not write into it
     "Sine position embedding with coordinates normalised to (0, 2 pi] and temperature 10,000 (DETR)."
-    if dim % 4: raise ValueError(f"sine_position: dim must be a multiple of 4 (sine and cosine of x and y), got {dim}")
+    if dim % 4:
+        raise ValueError(f"sine_position: dim must be a multiple of 4 (sine and cosine of x and y), got {dim}")
     return _sine_position(int(height), int(width), int(dim), torch.device(device))
 
 # %% ../../nbs/24_mask2former.ipynb #44895509
 @lru_cache(maxsize=64)
 def _reference_grid(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    "x, y of the centres of all tokens in grid_sample's [-1, 1], (2, n), and the size of one pixel of each level there, (levels, 1, 2, 1)."
+    """x, y of the centres of all tokens in grid_sample's [-1, 1], (2, n), and the size of one pixel of each level
+    there, (levels, 1, 2, 1)."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         centres = []
         for h, w in shapes:
@@ -64,15 +68,17 @@ def _linear_last(layer: nn.Linear, tokens: Tensor) -> Tensor:
 
 
 class DeformableAttention(nn.Module):
-    "Multi-scale deformable self-attention over the tokens of several maps (Deformable DETR, eq. 3), sampling in float32."
+    """Multi-scale deformable self-attention over the tokens of several maps (Deformable DETR, eq. 3), sampling in
+    float32."""
     def __init__(self,
-        dim: int,            # channels of the tokens
+        dim: int,  # channels of the tokens
         num_heads: int = 8,  # heads; each has its own points
         num_levels: int = 3,  # maps to look at
         num_points: int = 4,  # points per head and level
     ):
         super().__init__()
-        if dim % num_heads: raise ValueError(f"DeformableAttention: dim {dim} is not a multiple of num_heads {num_heads}")
+        if dim % num_heads:
+            raise ValueError(f"DeformableAttention: dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
         self.weights = nn.Linear(dim, num_heads * num_levels * num_points)
@@ -82,55 +88,67 @@ class DeformableAttention(nn.Module):
 
     def reset_parameters(self):
         "Offsets start as a star (weight 0, directional bias), attention weights equal, projections Xavier."
-        for layer in (self.offsets, self.weights): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+        for layer in (self.offsets, self.weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), 1)
         direction = direction / direction.abs().amax(1, keepdim=True)
         star = direction[:, None, None] * torch.arange(1, self.num_points + 1)[:, None]
-        with torch.no_grad(): self.offsets.bias.copy_(star.expand(-1, self.num_levels, -1, -1).flatten())
-        for layer in (self.value, self.out): nn.init.xavier_uniform_(layer.weight); nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.offsets.bias.copy_(star.expand(-1, self.num_levels, -1, -1).flatten())
+        for layer in (self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def points(self,
         query: Tensor,  # (B, n, dim) tokens of all levels with their positions added
         shapes: tuple[tuple[int, int], ...],  # (h, w) of each level, in token order
-    ) -> tuple[Tensor, Tensor]:  # x and y in [-1, 1], (B, heads, levels, points, 2, n); weights, (B, heads, levels * points, n)
+    # x and y in [-1, 1], (B, heads, levels, points, 2, n); weights, (B, heads, levels * points, n)
+    ) -> tuple[Tensor, Tensor]:
         "Where each token looks, and how much each point counts; float32 whatever autocast says."
         batch, n, _ = query.shape
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
             centre, pixel = _reference_grid(shapes, query.device)
-            offset = _linear_last(self.offsets, query).view(batch, self.num_heads, self.num_levels, self.num_points, 2, n)
+            offset = _linear_last(self.offsets, query).view(batch, self.num_heads, self.num_levels, self.num_points, 2,
+                n)
             weight = _linear_last(self.weights, query).view(batch, self.num_heads, -1, n).softmax(2)
             return torch.addcmul(centre, offset, pixel), weight
 
     def forward(self,
-        query: Tensor,   # (B, n, dim) tokens of all levels with their positions added
+        query: Tensor,  # (B, n, dim) tokens of all levels with their positions added
         tokens: Tensor,  # (B, n, dim) the same tokens without positions: what is read
         shapes: tuple[tuple[int, int], ...],  # (h, w) of each level, in token order
-    ) -> Tensor:         # (B, n, dim)
-        "Read every level at the learned points and mix. Tokens come last inside, so that sampling and sums run over contiguous memory."
+    ) -> Tensor:  # (B, n, dim)
+        """Read every level at the learned points and mix.
+
+        Tokens come last inside, so that sampling and sums run over contiguous memory."""
         batch, n, dim = tokens.shape
         place, weight = self.points(query, shapes)
-        value = _linear_last(self.value, tokens).float().view(batch * self.num_heads, -1, n)    # (B * heads, depth, n)
+        value = _linear_last(self.value, tokens).float().view(batch * self.num_heads, -1, n)  # (B * heads, depth, n)
         with torch.autocast(tokens.device.type, enabled=False):
-            place = place.transpose(4, 5).flatten(0, 1)                                          # (B * heads, levels, points, n, 2)
-            weight = weight.flatten(0, 1).unsqueeze(1).split(self.num_points, 2)                 # each (B * heads, 1, points, n)
+            place = place.transpose(4, 5).flatten(0, 1)  # (B * heads, levels, points, n, 2)
+            weight = weight.flatten(0, 1).unsqueeze(1).split(self.num_points, 2)  # each (B * heads, 1, points, n)
             mixed = 0
             for level, (shape, source) in enumerate(zip(shapes, value.split([h * w for h, w in shapes], 2))):
-                seen = F.grid_sample(source.unflatten(2, shape), place[:, level], mode="bilinear", padding_mode="zeros", align_corners=False)
-                mixed = mixed + (seen * weight[level]).sum(2)                                    # seen: (B * heads, depth, points, n)
+                seen = F.grid_sample(source.unflatten(2, shape), place[:, level], mode="bilinear", padding_mode="zeros",
+                    align_corners=False)
+                mixed = mixed + (seen * weight[level]).sum(2)  # seen: (B * heads, depth, points, n)
             mixed = mixed.view(batch, dim, n).transpose(1, 2)
         return self.out(mixed)
 
 # %% ../../nbs/24_mask2former.ipynb #ea186e3e
 class DeformableLayer(nn.Module):
-    "One layer of the pixel decoder: deformable attention, then a feed-forward network, each with a residual and a LayerNorm after it."
+    """One layer of the pixel decoder.
+
+    Deformable attention, then a feed-forward network, each with a residual and a LayerNorm after it."""
     def __init__(self,
-        dim: int,             # channels
-        num_heads: int = 8,   # heads
+        dim: int,  # channels
+        num_heads: int = 8,  # heads
         num_levels: int = 3,  # maps
         num_points: int = 4,  # points per head and level
-        ffn: int = 1024,      # width of the feed-forward network
+        ffn: int = 1024,  # width of the feed-forward network
     ):
         super().__init__()
         self.attention, self.norm1 = DeformableAttention(dim, num_heads, num_levels, num_points), nn.LayerNorm(dim)
@@ -144,14 +162,16 @@ class DeformableLayer(nn.Module):
 
 def _ffn(dim: int, width: int) -> nn.Sequential:
     layers = nn.Sequential(nn.Linear(dim, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
-    for layer in (layers[0], layers[2]): nn.init.xavier_normal_(layer.weight)
+    for layer in (layers[0], layers[2]):
+        nn.init.xavier_normal_(layer.weight)
     return layers
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int = 1, bias: bool = True) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
     nn.init.kaiming_uniform_(conv.weight, a=1)
-    if bias: nn.init.zeros_(conv.bias)
+    if bias:
+        nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -162,44 +182,57 @@ def _group_norm(dim: int) -> nn.GroupNorm:
 def _resize(x: Tensor, scale: float) -> Tensor:
     if scale == 1: return x
     if min(x.shape[-2:]) * scale < 1:
-        raise ValueError(f"PixelDecoder: a feature map of {tuple(x.shape[-2:])} cannot be resized by {scale}: use larger images or larger scales")
+        raise ValueError(
+            f"PixelDecoder: a feature map of {tuple(x.shape[-2:])} cannot be resized by {scale}: use larger images "
+            "or larger scales")
     return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
 class PixelDecoder(nn.Module):
-    "Multi-scale deformable pixel decoder on four maps of a plain ViT (Mask2Former, Sec. 3.2.1): GroupNorm, deformable layers, one FPN step."
+    """Multi-scale deformable pixel decoder on four maps of a plain ViT (Mask2Former, Sec. 3.2.1).
+
+    GroupNorm, deformable layers, one FPN step."""
     def __init__(self,
-        in_channels: int,       # channels of the backbone's maps
+        in_channels: int,  # channels of the backbone's maps
         hidden_dim: int = 256,  # channels of everything that comes out
         scales: tuple[float, float, float, float] = (4, 2, 1, .5),  # from the patch grid to strides 4, 8, 16, 32
-        num_layers: int = 6,    # deformable layers
-        num_heads: int = 8,     # their heads
-        num_points: int = 4,    # points per head and level
-        ffn: int = 1024,        # width of their feed-forward networks
+        num_layers: int = 6,  # deformable layers
+        num_heads: int = 8,  # their heads
+        num_points: int = 4,  # points per head and level
+        ffn: int = 1024,  # width of their feed-forward networks
     ):
         super().__init__()
-        if len(scales) != 4: raise ValueError(f"PixelDecoder: scales must be four factors (to strides 4, 8, 16, 32), got {scales}")
+        if len(scales) != 4:
+            raise ValueError(f"PixelDecoder: scales must be four factors (to strides 4, 8, 16, 32), got {scales}")
         self.in_channels, self.hidden_dim, self.scales = in_channels, hidden_dim, tuple(scales)
         self.project = nn.ModuleList(_conv(in_channels, hidden_dim) for _ in range(3))  # strides 32, 16, 8
         self.norms = nn.ModuleList(_group_norm(hidden_dim) for _ in range(3))
-        for conv in self.project: nn.init.xavier_uniform_(conv.weight)
+        for conv in self.project:
+            nn.init.xavier_uniform_(conv.weight)
         self.level_embed = nn.Parameter(torch.randn(3, hidden_dim))
-        self.layers = nn.ModuleList(DeformableLayer(hidden_dim, num_heads, 3, num_points, ffn) for _ in range(num_layers))
+        self.layers = nn.ModuleList(DeformableLayer(hidden_dim, num_heads, 3, num_points, ffn)
+            for _ in range(num_layers))
         self.lateral, self.lateral_norm = _conv(in_channels, hidden_dim, bias=False), _group_norm(hidden_dim)
         self.smooth, self.smooth_norm = _conv(hidden_dim, hidden_dim, 3, bias=False), _group_norm(hidden_dim)
         self.mask_features = _conv(hidden_dim, hidden_dim)
 
     def forward(self,
         features: list[Tensor],  # four maps (B, in_channels, h, w), all at the patch stride, shallow to deep
-    ) -> tuple[Tensor, list[Tensor]]:  # mask features (B, hidden_dim, H/4, W/4); three maps (B, hidden_dim, ...) at strides 32, 16, 8
+    # mask features (B, hidden_dim, H/4, W/4); three maps (B, hidden_dim, ...) at strides 32, 16, 8
+    ) -> tuple[Tensor, list[Tensor]]:
         "Raises ValueError when the maps are not four, or have other channels than the decoder was built for."
         if len(features) != 4 or any(f.ndim != 4 or f.shape[1] != self.in_channels for f in features):
-            raise ValueError(f"PixelDecoder: expected four maps (B, {self.in_channels}, h, w), got {[tuple(f.shape) for f in features]}")
-        maps = [norm(_resize(conv(f), s)) for f, s, conv, norm in zip(features[:0:-1], self.scales[:0:-1], self.project, self.norms)]
+            raise ValueError(
+                f"PixelDecoder: expected four maps (B, {self.in_channels}, h, w), got "
+                f"{[tuple(f.shape) for f in features]}")
+        maps = [norm(_resize(conv(f), s)) for f, s, conv,
+            norm in zip(features[:0:-1], self.scales[:0:-1], self.project, self.norms)]
         shapes = tuple(tuple(m.shape[-2:]) for m in maps)
         tokens = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)
-        position = torch.cat([sine_position(h, w, self.hidden_dim, tokens.device) + level for (h, w), level in zip(shapes, self.level_embed)])
-        for layer in self.layers: tokens = layer(tokens, position, shapes)
+        position = torch.cat([sine_position(h, w, self.hidden_dim, tokens.device) + level for (h, w),
+            level in zip(shapes, self.level_embed)])
+        for layer in self.layers:
+            tokens = layer(tokens, position, shapes)
         maps = [t.transpose(1, 2).unflatten(2, s) for t, s in zip(tokens.split([h * w for h, w in shapes], 1), shapes)]
         fine = self.lateral_norm(_resize(self.lateral(features[0]), self.scales[0]))
         fine = fine + F.interpolate(maps[-1].contiguous(), size=fine.shape[-2:], mode="bilinear", align_corners=False)
@@ -208,7 +241,7 @@ class PixelDecoder(nn.Module):
 # %% ../../nbs/24_mask2former.ipynb #76824cd6
 def open_rows(
     allowed: Tensor,  # (..., n) bool: True where a query may look
-) -> Tensor:          # the same; rows that would allow nothing allow everything
+) -> Tensor:  # the same; rows that would allow nothing allow everything
     "A query that may look nowhere would have a softmax over nothing (NaN): let it look everywhere."
     return allowed | ~allowed.any(-1, keepdim=True)
 
@@ -216,21 +249,24 @@ def open_rows(
 class Attention(nn.Module):
     "Multi-head attention with separate projections, through `scaled_dot_product_attention`."
     def __init__(self,
-        dim: int,        # channels
+        dim: int,  # channels
         num_heads: int,  # heads
     ):
         super().__init__()
-        if dim % num_heads: raise ValueError(f"Attention: dim {dim} is not a multiple of num_heads {num_heads}")
+        if dim % num_heads:
+            raise ValueError(f"Attention: dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        for layer in (self.query, self.key, self.value, self.out): nn.init.xavier_normal_(layer.weight); nn.init.zeros_(layer.bias)
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self,
         query: Tensor,  # (B, Q, dim)
-        key: Tensor,    # (B, n, dim)
+        key: Tensor,  # (B, n, dim)
         value: Tensor,  # (B, n, dim)
         allowed: Tensor | None = None,  # bool, broadcasts to (B, 1, Q, n): True where a query may look
-    ) -> Tensor:        # (B, Q, dim)
+    ) -> Tensor:  # (B, Q, dim)
         "softmax(Q K^T / sqrt(dim / heads)) V in each head."
         q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                    for layer, x in ((self.query, query), (self.key, key), (self.value, value)))
@@ -238,11 +274,13 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    "Masked cross-attention, self-attention, feed-forward network; a residual and then a LayerNorm after each (Mask2Former, Sec. 3.2.2)."
+    """Masked cross-attention, self-attention, feed-forward network.
+
+    A residual and then a LayerNorm after each (Mask2Former, Sec. 3.2.2)."""
     def __init__(self,
-        dim: int,           # channels
+        dim: int,  # channels
         num_heads: int = 8,  # heads of both attentions
-        ffn: int = 2048,    # width of the feed-forward network
+        ffn: int = 2048,  # width of the feed-forward network
     ):
         super().__init__()
         self.cross, self.norm1 = Attention(dim, num_heads), nn.LayerNorm(dim)
@@ -250,15 +288,16 @@ class DecoderLayer(nn.Module):
         self.ffn, self.norm3 = _ffn(dim, ffn), nn.LayerNorm(dim)
 
     def forward(self,
-        x: Tensor,         # (B, Q, dim) queries
+        x: Tensor,  # (B, Q, dim) queries
         position: Tensor,  # (B, Q, dim) or (Q, dim): their position embedding
-        memory: Tensor,    # (B, n, dim) pixels of one level
-        keys: Tensor,      # (B, n, dim) the same pixels with their positions added
+        memory: Tensor,  # (B, n, dim) pixels of one level
+        keys: Tensor,  # (B, n, dim) the same pixels with their positions added
         allowed: Tensor | None = None,  # (B, Q, n) bool: pixels that each query may look at; see `open_rows`
         padding: Tensor | None = None,  # (B, Q) bool: True where a query is none; the others do not look at it
-    ) -> Tensor:           # (B, Q, dim)
+    ) -> Tensor:  # (B, Q, dim)
         "Look at the image, look at each other, think."
-        if allowed is not None: allowed = allowed.unsqueeze(1)
+        if allowed is not None:
+            allowed = allowed.unsqueeze(1)
         x = self.norm1(x + self.cross(x + position, keys, memory, allowed))
         here = x + position
         real = None if padding is None else open_rows(~padding)[:, None, None]
@@ -267,69 +306,79 @@ class DecoderLayer(nn.Module):
 
 
 class MaskedDecoder(nn.Module):
-    "The masked-attention decoder: queries look at strides 32, 16, 8 in turn and predict a class and a mask before layer 1 and after every layer."
+    """The masked-attention decoder.
+
+    Queries look at strides 32, 16, 8 in turn and predict a class and a mask before layer 1 and after every layer."""
     def __init__(self,
-        num_classes: int,       # K; the class head has K + 1 outputs
+        num_classes: int,  # K; the class head has K + 1 outputs
         hidden_dim: int = 256,  # channels of queries, maps and mask features
-        num_layers: int = 9,    # layers; there is one prediction more
-        num_heads: int = 8,     # heads
-        ffn: int = 2048,        # width of the feed-forward networks
+        num_layers: int = 9,  # layers; there is one prediction more
+        num_heads: int = 8,  # heads
+        ffn: int = 2048,  # width of the feed-forward networks
     ):
         super().__init__()
         self.level_embed = nn.Parameter(torch.randn(3, hidden_dim))
         self.layers = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
         self.class_head = nn.Linear(hidden_dim, num_classes + 1)
-        self.mask_head = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim))
+        self.mask_head = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(), nn.Linear(hidden_dim, hidden_dim))
 
     def forward(self,
         mask_features: Tensor,  # (B, dim, H/4, W/4)
-        maps: list[Tensor],     # three maps (B, dim, ...) at strides 32, 16, 8
-        query: Tensor,          # (B, Q, dim) query features
-        position: Tensor,       # (B, Q, dim) or (Q, dim) query positions
-        first_mask: Tensor | None = None,  # (B, Q, h, w) bool: the first layer looks at the cells that this touches; None: at its own first mask
-        padding: Tensor | None = None,     # (B, Q) bool: True where a query is none
-    ) -> HeadOutput:            # num_layers + 1 predictions
+        maps: list[Tensor],  # three maps (B, dim, ...) at strides 32, 16, 8
+        query: Tensor,  # (B, Q, dim) query features
+        position: Tensor,  # (B, Q, dim) or (Q, dim) query positions
+        # (B, Q, h, w) bool: the first layer looks at the cells that this touches; None: at its own first mask
+        first_mask: Tensor | None = None,
+        padding: Tensor | None = None,  # (B, Q) bool: True where a query is none
+    ) -> HeadOutput:  # num_layers + 1 predictions
         "Masked attention in layer i uses the mask predicted before it, at the size of its level, without gradient."
         memory, keys, small = [], [], []
         for level, m in zip(self.level_embed, maps):
             memory.append(m.flatten(2).transpose(1, 2) + level)
             keys.append(memory[-1] + sine_position(*m.shape[-2:], m.shape[1], m.device))
-            small.append(F.interpolate(mask_features.detach(), size=m.shape[-2:], mode="bilinear", align_corners=False).flatten(2))
+            small.append(F.interpolate(mask_features.detach(), size=m.shape[-2:], mode="bilinear",
+                align_corners=False).flatten(2))
         states, embeddings = [], []
         for i, layer in enumerate((None, *self.layers)):
             if layer is not None:
                 level = (i - 1) % 3
                 if i == 1 and first_mask is not None:
-                    allowed = F.adaptive_max_pool2d(first_mask.float(), maps[0].shape[-2:]).flatten(2) > 0  # small masks do not vanish
+                    # small masks do not vanish
+                    allowed = F.adaptive_max_pool2d(first_mask.float(), maps[0].shape[-2:]).flatten(2) > 0
                 else:
                     allowed = embeddings[-1].detach() @ small[level] >= 0  # sigmoid >= 0.5
                 query = layer(query, position, memory[level], keys[level], open_rows(allowed), padding)
             states.append(self.norm(query))
             embeddings.append(self.mask_head(states[-1]))
         fine = mask_features.flatten(2)
-        return HeadOutput([self.class_head(x) for x in states], [(e @ fine).unflatten(2, mask_features.shape[-2:]) for e in embeddings], padding)
+        return HeadOutput([self.class_head(x) for x in states],
+            [(e @ fine).unflatten(2, mask_features.shape[-2:]) for e in embeddings], padding)
 
 # %% ../../nbs/24_mask2former.ipynb #863667ad
 class Mask2Former(nn.Module):
-    "The Mask2Former head on the features of a plain ViT: pixel decoder, masked-attention decoder, linked or own queries."
+    """The Mask2Former head on the features of a plain ViT.
+
+    Pixel decoder, masked-attention decoder, linked or own queries."""
     def __init__(self,
-        in_channels: int,        # channels of the backbone's features
-        num_classes: int = 19,   # K, without 'no object'
-        hidden_dim: int = 256,   # width of the head, and of the linked queries
+        in_channels: int,  # channels of the backbone's features
+        num_classes: int = 19,  # K, without 'no object'
+        hidden_dim: int = 256,  # width of the head, and of the linked queries
         num_queries: int = 100,  # own queries; linked ones bring their own number
-        linked: bool = True,     # queries come from Rein-G's tokens
+        linked: bool = True,  # queries come from Rein-G's tokens
         scales: tuple[float, float, float, float] = (4, 2, 1, .5),  # from the patch grid to strides 4, 8, 16, 32
         encoder_layers: int = 6,  # of the pixel decoder
         decoder_layers: int = 9,  # of the masked-attention decoder
-        num_heads: int = 8,      # of both
-        num_points: int = 4,     # of deformable attention, per head and level
+        num_heads: int = 8,  # of both
+        num_points: int = 4,  # of deformable attention, per head and level
         encoder_ffn: int = 1024,  # feed-forward width of the pixel decoder
         decoder_ffn: int = 2048,  # feed-forward width of the decoder
     ):
         super().__init__()
         self.num_classes, self.hidden_dim, self.linked = num_classes, hidden_dim, linked
-        self.pixel_decoder = PixelDecoder(in_channels, hidden_dim, scales, encoder_layers, num_heads, num_points, encoder_ffn)
+        self.pixel_decoder = PixelDecoder(in_channels, hidden_dim, scales, encoder_layers, num_heads, num_points,
+            encoder_ffn)
         self.decoder = MaskedDecoder(num_classes, hidden_dim, decoder_layers, num_heads, decoder_ffn)
         if linked:
             self.querys2feat = nn.Linear(hidden_dim, hidden_dim)
@@ -340,15 +389,20 @@ class Mask2Former(nn.Module):
     def forward(self,
         features: list[Tensor],  # four maps (B, in_channels, h, w) at the patch stride, shallow to deep
         queries: Tensor | None = None,  # (m, hidden_dim) linked queries; None for a head with its own
-    ) -> HeadOutput:             # decoder_layers + 1 predictions
+    ) -> HeadOutput:  # decoder_layers + 1 predictions
         "Raises ValueError when linked queries are missing, unexpected or of another width."
         if self.linked:
             if queries is None or queries.ndim != 2 or queries.shape[1] != self.hidden_dim:
                 got = "none" if queries is None else tuple(queries.shape)
-                raise ValueError(f"Mask2Former(linked=True) needs queries (m, {self.hidden_dim}) from the adapter, got {got}; for own queries build it with linked=False")
+                raise ValueError(
+                    f"Mask2Former(linked=True) needs queries (m, {self.hidden_dim}) from the adapter, got {got}; "
+                    "for own queries build it with linked=False")
             position, content = queries, self.querys2feat(queries)
         else:
-            if queries is not None: raise ValueError("Mask2Former(linked=False) has its own queries but was given linked ones; build it with linked=True")
+            if queries is not None:
+                raise ValueError(
+                    "Mask2Former(linked=False) has its own queries but was given linked ones; build it with "
+                    "linked=True")
             position, content = self.query_embed, self.query_feat
         mask_features, maps = self.pixel_decoder(features)
         return self.decoder(mask_features, maps, content.expand(mask_features.shape[0], -1, -1), position)
@@ -356,11 +410,13 @@ class Mask2Former(nn.Module):
 # %% ../../nbs/24_mask2former.ipynb #9300ad3c
 def semantic_scores(
     class_logits: Tensor,  # (B, Q, K + 1)
-    mask_logits: Tensor,   # (B, Q, h, w)
+    mask_logits: Tensor,  # (B, Q, h, w)
     padding: Tensor | None = None,  # (B, Q) bool: True where a query is none; it adds nothing
-) -> Tensor:               # (B, K, h, w) float32, at least 0, about at most 1; no logits: never softmax them
-    "s_k = sum over queries of softmax(class)_k * sigmoid(mask), in float32 under autocast (Mask2Former's semantic inference)."
+) -> Tensor:  # (B, K, h, w) float32, at least 0, about at most 1; no logits: never softmax them
+    """s_k = sum over queries of softmax(class)_k * sigmoid(mask), in float32 under autocast (Mask2Former's semantic
+    inference)."""
     with torch.autocast(mask_logits.device.type, enabled=False):
         classes = class_logits.float().softmax(-1)[..., :-1]
-        if padding is not None: classes = classes.masked_fill(padding.unsqueeze(-1), 0)
+        if padding is not None:
+            classes = classes.masked_fill(padding.unsqueeze(-1), 0)
         return (classes.transpose(1, 2) @ mask_logits.float().sigmoid().flatten(2)).unflatten(2, mask_logits.shape[-2:])

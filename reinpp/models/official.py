@@ -16,7 +16,7 @@ import torch
 from ..files import read_checkpoint
 from .mask2former import Mask2Former
 from .rein_g import ReinG
-from .segmenter import create_segmenter, Segmenter
+from .segmenter import Segmenter, create_segmenter
 
 # %% ../../nbs/28_official.ipynb #da71354f
 REIN = {  # ours, in the adapter: theirs, after `backbone.reins.`
@@ -25,12 +25,16 @@ REIN = {  # ours, in the adapter: theirs, after `backbone.reins.`
 }
 HEAD = {  # ours, in the head: theirs, after `decode_head.`
     "querys2feat": "querys2feat",
-    "pixel_decoder.project.{n}": "pixel_decoder.input_convs.{n}.conv", "pixel_decoder.norms.{n}": "pixel_decoder.input_convs.{n}.gn",
+    "pixel_decoder.project.{n}": "pixel_decoder.input_convs.{n}.conv",
+    "pixel_decoder.norms.{n}": "pixel_decoder.input_convs.{n}.gn",
     "pixel_decoder.level_embed=": "pixel_decoder.level_encoding.weight=",
-    "pixel_decoder.lateral.weight=": "pixel_decoder.lateral_convs.0.conv.weight=", "pixel_decoder.lateral_norm": "pixel_decoder.lateral_convs.0.gn",
-    "pixel_decoder.smooth.weight=": "pixel_decoder.output_convs.0.conv.weight=", "pixel_decoder.smooth_norm": "pixel_decoder.output_convs.0.gn",
+    "pixel_decoder.lateral.weight=": "pixel_decoder.lateral_convs.0.conv.weight=",
+    "pixel_decoder.lateral_norm": "pixel_decoder.lateral_convs.0.gn",
+    "pixel_decoder.smooth.weight=": "pixel_decoder.output_convs.0.conv.weight=",
+    "pixel_decoder.smooth_norm": "pixel_decoder.output_convs.0.gn",
     "pixel_decoder.mask_features": "pixel_decoder.mask_feature",
-    "decoder.level_embed=": "level_embed.weight=", "decoder.norm": "transformer_decoder.post_norm", "decoder.class_head": "cls_embed",
+    "decoder.level_embed=": "level_embed.weight=", "decoder.norm": "transformer_decoder.post_norm",
+    "decoder.class_head": "cls_embed",
     "decoder.mask_head.0": "mask_embed.0", "decoder.mask_head.2": "mask_embed.2", "decoder.mask_head.4": "mask_embed.4",
 }
 ENCODER = {  # ours, in `pixel_decoder.layers.{n}.`: theirs, in `pixel_decoder.encoder.layers.{n}.`
@@ -39,17 +43,21 @@ ENCODER = {  # ours, in `pixel_decoder.layers.{n}.`: theirs, in `pixel_decoder.e
     "norm1": "norms.0", "ffn.0": "ffn.layers.0.0", "ffn.2": "ffn.layers.1", "norm2": "norms.1",
 }
 DECODER = {  # ours, in `decoder.layers.{n}.`: theirs, in `transformer_decoder.layers.{n}.`; [i] is third i of the rows
-    "cross.query": "cross_attn.attn.in_proj_[0]", "cross.key": "cross_attn.attn.in_proj_[1]", "cross.value": "cross_attn.attn.in_proj_[2]",
+    "cross.query": "cross_attn.attn.in_proj_[0]", "cross.key": "cross_attn.attn.in_proj_[1]",
+    "cross.value": "cross_attn.attn.in_proj_[2]",
     "cross.out": "cross_attn.attn.out_proj", "norm1": "norms.0",
-    "attend.query": "self_attn.attn.in_proj_[0]", "attend.key": "self_attn.attn.in_proj_[1]", "attend.value": "self_attn.attn.in_proj_[2]",
-    "attend.out": "self_attn.attn.out_proj", "norm2": "norms.1", "ffn.0": "ffn.layers.0.0", "ffn.2": "ffn.layers.1", "norm3": "norms.2",
+    "attend.query": "self_attn.attn.in_proj_[0]", "attend.key": "self_attn.attn.in_proj_[1]",
+    "attend.value": "self_attn.attn.in_proj_[2]",
+    "attend.out": "self_attn.attn.out_proj", "norm2": "norms.1", "ffn.0": "ffn.layers.0.0", "ffn.2": "ffn.layers.1",
+    "norm3": "norms.2",
 }
 
 
 def official_names(
     encoder_layers: int,  # of the pixel decoder
     decoder_layers: int,  # of the masked-attention decoder
-) -> dict[str, tuple[str, int | None]]:  # name in a `Segmenter` -> name in the file, and which third of its rows (None: all)
+# name in a `Segmenter` -> name in the file, and which third of its rows (None: all)
+) -> dict[str, tuple[str, int | None]]:
     "Every adapter and head tensor of a segmenter, and where it lies in a released file."
     pairs = [("adapter." + ours, "backbone.reins." + theirs) for ours, theirs in REIN.items()]
     for table, ours_in, theirs_in, count in (
@@ -61,16 +69,20 @@ def official_names(
             pairs += [(a.replace("{n}", str(n)), b.replace("{n}", str(n))) for n in range(count if "{n}" in a else 1)]
     names = {}
     for ours, theirs in pairs:
-        if ours.endswith("="): names[ours[:-1]] = (theirs[:-1], None)
-        elif theirs.endswith("]"): names |= {f"{ours}.{kind}": (theirs[:-3] + kind, int(theirs[-2])) for kind in ("weight", "bias")}
-        else: names |= {f"{ours}.{kind}": (f"{theirs}.{kind}", None) for kind in ("weight", "bias")}
+        if ours.endswith("="):
+            names[ours[:-1]] = (theirs[:-1], None)
+        elif theirs.endswith("]"):
+            names |= {f"{ours}.{kind}": (theirs[:-3] + kind, int(theirs[-2])) for kind in ("weight", "bias")}
+        else:
+            names |= {f"{ours}.{kind}": (f"{theirs}.{kind}", None) for kind in ("weight", "bias")}
     return names
 
 # %% ../../nbs/28_official.ipynb #617ba9ea
 def _modern(name: str) -> str:
     "mmcv 1.x names in their present form."
     name = re.sub(r"(pixel_decoder\.encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn.", name)
-    name = re.sub(r"(transformer_decoder\.layers\.\d+)\.attentions\.([01])\.", lambda m: f"{m[1]}.{('cross_attn', 'self_attn')[int(m[2])]}.", name)
+    name = re.sub(r"(transformer_decoder\.layers\.\d+)\.attentions\.([01])\.",
+        lambda m: f"{m[1]}.{('cross_attn', 'self_attn')[int(m[2])]}.", name)
     return re.sub(r"(\.layers\.\d+)\.ffns\.0\.", r"\1.ffn.", name)
 
 # %% ../../nbs/28_official.ipynb #0a9d3eb9
@@ -81,17 +93,23 @@ def load_official(
     num_heads: int = 8,  # attention heads of the head; not in the file
     pretrained: bool = True,  # weights of a backbone that is not inside
     weights: str | Path | None = None,  # a local checkpoint of that backbone
-    backbone_args: dict = {},  # of `create_backbone`, e.g. dict(hold="bf16"); patches and positions are resized in the authors' way
+    # of `create_backbone`, e.g. dict(hold="bf16"); patches and positions are resized in the authors' way
+    backbone_args: dict = {},
 ) -> Segmenter:
-    """A released CVPR'24 checkpoint as a segmenter: Rein with one head and no GELU, Mask2Former with linked queries, ImageNet normalisation.
+    """A released CVPR'24 checkpoint as a segmenter.
 
-    The file may hold Rein and head only, or the backbone too. Raises `ValueError` with the keys that it has too many or too few, or whose shapes do not fit
-    this backbone, and what `read_checkpoint` raises.
-    """
-    state = {_modern(name): t for name, t in read_checkpoint(path).items() if not name.startswith("data_preprocessor.") and not name.endswith("class_weight")}
-    frozen = {name.removeprefix("backbone."): state.pop(name) for name in list(state) if name.startswith("backbone.") and not name.startswith("backbone.reins.")}
+    Rein with one head and no GELU, Mask2Former with linked queries, ImageNet normalisation.
+
+    The file may hold Rein and head only, or the backbone too. Raises `ValueError` with the keys that it has too many or
+    too few, or whose shapes do not fit this backbone, and what `read_checkpoint` raises."""
+    state = {_modern(name): t for name, t in read_checkpoint(path).items() if not name.startswith("data_preprocessor.")
+        and not name.endswith("class_weight")}
+    frozen = {name.removeprefix("backbone."): state.pop(name) for name in list(state) if name.startswith("backbone.")
+        and not name.startswith("backbone.reins.")}
     frozen.pop("mask_token", None)  # of DINOv2's own training
-    count = lambda prefix: 1 + max((int(m[1]) for name in state if (m := re.match(rf"decode_head\.{prefix}\.layers\.(\d+)\.", name))), default=-1)
+    def count(prefix):
+        return 1 + max((int(m[1]) for name in state if (
+            m := re.match(rf"decode_head\.{prefix}\.layers\.(\d+)\.", name))), default=-1)
     names = official_names(count(r"pixel_decoder\.encoder"), count("transformer_decoder"))
     _complain(path, {theirs for theirs, _ in names.values()}, state.keys())
 
@@ -99,45 +117,65 @@ def load_official(
     dim = state["decode_head.querys2feat.weight"].shape[0]
     layers = dict(encoder_layers=count(r"pixel_decoder\.encoder"), decoder_layers=count("transformer_decoder"))
     looks = len(state["decode_head.pixel_decoder.encoder.layers.0.self_attn.attention_weights.bias"])
-    if looks != num_heads * 3 * 4: raise ValueError(f"{path}: deformable attention looks at {looks} points, not at num_heads={num_heads} x 3 levels x 4: give the head's own num_heads")
+    if looks != num_heads * 3 * 4:
+        raise ValueError(
+            f"{path}: deformable attention looks at {looks} points, not at num_heads={num_heads} x 3 levels x 4: "
+            "give the head's own num_heads")
     head = dict(hidden_dim=dim, num_heads=num_heads,
                 encoder_ffn=len(state["decode_head.pixel_decoder.encoder.layers.0.ffn.layers.0.0.bias"]),
                 decoder_ffn=len(state["decode_head.transformer_decoder.layers.0.ffn.layers.0.0.bias"]), **layers)
     segmenter = create_segmenter(
-        backbone, "rein_g", "mask2former", len(state["decode_head.cls_embed.bias"]) - 1, image_size or _image_size(frozen) or 512, pretrained and not frozen,
-        dict(num_heads=1, gelu=False) | _unusual(ReinG, dict(num_tokens=tokens, rank=rank)), _unusual(Mask2Former, head), "imagenet", None if frozen else weights,
+        backbone, "rein_g", "mask2former", len(state["decode_head.cls_embed.bias"]) - 1, image_size
+        or _image_size(frozen) or 512, pretrained and not frozen,
+        dict(num_heads=1, gelu=False) | _unusual(ReinG, dict(num_tokens=tokens, rank=rank)),
+        _unusual(Mask2Former, head), "imagenet", None if frozen else weights,
         backbone_args=dict(patch_resize="official") | backbone_args)
 
-    wanted = {ours: (state[theirs] if third is None else state[theirs].chunk(3)[third]) for ours, (theirs, third) in names.items()}
+    wanted = {ours: (state[theirs] if third is None else state[theirs].chunk(3)[third]) for ours,
+        (theirs, third) in names.items()}
     wanted["adapter.scale"] = wanted["adapter.scale"].reshape(())
     if frozen:
         _complain(path, {f"backbone.{n}" for n in segmenter.backbone.state_dict()}, {f"backbone.{n}" for n in frozen})
         wanted |= {f"backbone.{n}": t for n, t in frozen.items()}
     own = segmenter.state_dict()
-    wrong = [f"{n} {tuple(t.shape)} instead of {tuple(own[n].shape)}" for n, t in wanted.items() if t.shape != own[n].shape]
-    if wrong: raise ValueError(f"{path}: {len(wrong)} tensors do not fit {backbone}, first {wrong[0]}: name the backbone and image_size that it was trained with")
+    wrong = [f"{n} {tuple(t.shape)} instead of {tuple(own[n].shape)}" for n, t in wanted.items()
+        if t.shape != own[n].shape]
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not fit {backbone}, first {wrong[0]}: name the backbone and "
+            "image_size that it was trained with")
     segmenter.load_state_dict(wanted, strict=False)  # `own` without these: the backbone from elsewhere
     return segmenter
 
 
 def official_state(segmenter: Segmenter) -> dict[str, torch.Tensor]:
-    "Adapter and head under the authors' names, for their code. Raises `ValueError` unless it is their model: Rein with one head, no GELU, linked to Mask2Former."
+    """Adapter and head under the authors' names, for their code.
+
+    Raises `ValueError` unless it is their model: Rein with one head, no GELU, linked to Mask2Former."""
     own = {n: p for n, p in segmenter.trained_state().items()}
-    layers = [1 + max(int(m[1]) for n in own if (m := re.match(rf"head\.{part}\.layers\.(\d+)\.", n))) if segmenter.config["head"] == "mask2former" else 0 for part in ("pixel_decoder", "decoder")]
+    layers = [1 + max(int(m[1]) for n in own if (m := re.match(rf"head\.{part}\.layers\.(\d+)\.", n)))
+        if segmenter.config["head"] == "mask2former" else 0 for part in ("pixel_decoder", "decoder")]
     names = official_names(*layers)
     if names.keys() != own.keys() or segmenter.adapter.num_heads != 1:
-        raise ValueError("official_state: the CVPR'24 code knows only Rein with num_heads=1, gelu=False and linked queries, with Mask2Former")
+        raise ValueError(
+            "official_state: the CVPR'24 code knows only Rein with num_heads=1, gelu=False and linked queries, with "
+            "Mask2Former")
     parts = {}
-    for ours, (theirs, _) in names.items(): parts.setdefault(theirs, []).append(own[ours])  # query, key, value follow each other
-    return {theirs: tensors[0].clone() if len(tensors) == 1 else torch.cat(tensors) for theirs, tensors in parts.items()}
+    for ours, (theirs, _) in names.items():
+        parts.setdefault(theirs, []).append(own[ours])  # query, key, value follow each other
+    return {theirs: tensors[0].clone() if len(tensors) == 1 else torch.cat(tensors) for theirs,
+        tensors in parts.items()}
 
 
 def _complain(path, expected: set, got: set) -> None:
     "Raise `ValueError` with the keys that are missing and those that should not be there."
-    listed = lambda keys: ", ".join(sorted(keys)[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
+    def listed(keys):
+        return ", ".join(sorted(keys)[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
     missing, unexpected = expected - got, got - expected
     if missing or unexpected:
-        raise ValueError(f"{path} is no checkpoint of Rein with Mask2Former: {len(missing)} keys not found [{listed(missing)}], {len(unexpected)} not expected [{listed(unexpected)}]")
+        raise ValueError(
+            f"{path} is no checkpoint of Rein with Mask2Former: {len(missing)} keys not found [{listed(missing)}], "
+            f"{len(unexpected)} not expected [{listed(unexpected)}]")
 
 
 def _unusual(cls: type, arguments: dict) -> dict:
@@ -147,6 +185,8 @@ def _unusual(cls: type, arguments: dict) -> dict:
 
 
 def _image_size(frozen: dict) -> int | None:
-    "Side of the images, in pixels, of a backbone's position embedding (one class token) and patch kernel; None where it has none."
+    """Side of the images, in pixels, of a backbone's position embedding (one class token) and patch kernel.
+
+    None where it has none."""
     if "pos_embed" not in frozen or "patch_embed.proj.weight" not in frozen: return None
     return math.isqrt(frozen["pos_embed"].shape[1] - 1) * frozen["patch_embed.proj.weight"].shape[-1]

@@ -17,7 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # %% ../../nbs/21_rein_g.ipynb #00a5683d
 def sizes_of(vit: nn.Module) -> dict:
-    "What an adapter must know of a timm vision transformer: embed_dim, depth, num_prefix_tokens (0 where blocks pass maps (B, H, W, C), as SAM's do)."
+    """What an adapter must know of a timm vision transformer.
+
+    Embed_dim, depth, num_prefix_tokens (0 where blocks pass maps (B, H, W, C), as SAM's do)."""
     return dict(embed_dim=vit.embed_dim, depth=len(vit.blocks), num_prefix_tokens=getattr(vit, "num_prefix_tokens", 0))
 
 
@@ -26,30 +28,41 @@ class Adapter(nn.Module):
 
     def __init__(self, **config):  # what made it; sizes among it are checked by `attach`
         super().__init__()
-        self.config, self._vit, self._hooks = config, [], []  # the backbone in a list, so that it does not become a submodule
+        # the backbone in a list, so that it does not become a submodule
+        self.config, self._vit, self._hooks = config, [], []
 
     def attach(self, vit: nn.Module) -> "Adapter":
         """Come in between the blocks of a timm vision transformer. `detach` undoes it, bit for bit.
 
-        Raises `ValueError` when the backbone's sizes differ, or when an adapter is attached already; nothing is attached then."""
+        Raises `ValueError` when the backbone's sizes differ, or when an adapter is attached already; nothing is
+        attached then."""
         name, sizes = type(self).__name__, sizes_of(vit)
         wrong = {k: (self.config[k], have) for k, have in sizes.items() if self.config.get(k, have) != have}
-        if wrong: raise ValueError(f"{name} does not fit this backbone: " + ", ".join(f"{k} is {want}, the backbone's is {have}" for k, (want, have) in wrong.items()))
-        if self._vit: raise ValueError(f"this {name} is attached already: detach() it first")
-        if getattr(vit, "_reinpp_adapter", None): raise ValueError(f"the backbone carries another adapter already ({vit._reinpp_adapter}): detach() that one first")
+        if wrong:
+            raise ValueError(f"{name} does not fit this backbone: "
+                + ", ".join(f"{k} is {want}, the backbone's is {have}" for k, (want, have) in wrong.items()))
+        if self._vit:
+            raise ValueError(f"this {name} is attached already: detach() it first")
+        if getattr(vit, "_reinpp_adapter", None):
+            raise ValueError(
+                f"the backbone carries another adapter already ({vit._reinpp_adapter}): detach() that one first")
         self._vit, vit._reinpp_adapter = [vit], name
-        try: self._place(vit)
+        try:
+            self._place(vit)
         except Exception:
             self.detach()
             raise
         return self
 
-    def _place(self, vit: nn.Module) -> None: "Append what `detach` must `.remove()` to `self._hooks`."
+    def _place(self, vit: nn.Module) -> None:
+        "Append what `detach` must `.remove()` to `self._hooks`."
 
     def detach(self) -> None:
         "The backbone is the untouched model again."
-        for hook in self._hooks: hook.remove()
-        for vit in self._vit: vit._reinpp_adapter = None
+        for hook in self._hooks:
+            hook.remove()
+        for vit in self._vit:
+            vit._reinpp_adapter = None
         self._vit, self._hooks = [], []
 
     def queries(self) -> torch.Tensor | None:
@@ -58,11 +71,14 @@ class Adapter(nn.Module):
 
 
 def own_precision(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    "`x` in an adapter's precision, which may be float32 beside a backbone held in bfloat16; under autocast, which decides by itself, `x` as it is."
+    """`x` in an adapter's precision, which may be float32 beside a backbone held in bfloat16.
+
+    Under autocast, which decides by itself, `x` as it is."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
 
 # %% ../../nbs/21_rein_g.ipynb #91523971
-def _count_step(*_): Memory.steps += 1
+def _count_step(*_):
+    Memory.steps += 1
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -71,13 +87,16 @@ register_optimizer_step_post_hook(_count_step)
 class Memory:
     """What was computed from parameters, for as long as these are the same.
 
-    The one change it cannot see is a write through `.data` on a GPU, where comparing values would stall the queue: `Module.train` and `Module.eval` of Rein-G forget, too."""
+    The one change it cannot see is a write through `.data` on a GPU, where comparing values would stall the queue:
+    `Module.train` and `Module.eval` of Rein-G forget, too."""
 
     steps = 0  # of any optimiser in this process: a fused one leaves no other mark
 
-    def __init__(self): self.sources, self.kept = {}, {}
+    def __init__(self):
+        self.sources, self.kept = {}, {}
 
-    def forget(self) -> None: self.sources, self.kept = {}, {}
+    def forget(self) -> None:
+        self.sources, self.kept = {}, {}
 
     def get(
         self,
@@ -89,32 +108,44 @@ class Memory:
         stamps = {name: self.stamp(p) for name, p in sources.items()}
         if None in stamps.values() or torch.compiler.is_compiling(): return compute()
         known = {name: self.sources[name] for name in sources if name in self.sources}
-        if any(known[name][0] is not sources[name] or known[name][1] != stamps[name] or not self.equal(sources[name], known[name][2]) for name in known): self.forget()
-        for name, p in sources.items():  # the copy, on a GPU an alias, also holds the memory, so that no other tensor can get this address
-            if name not in self.sources: self.sources[name] = (p, stamps[name], p.detach().clone() if p.device.type == "cpu" else p.detach())
-        if key not in self.kept: self.kept[key] = compute()
+        if any(known[name][0] is not sources[name] or known[name][1] != stamps[name]
+                or not self.equal(sources[name], known[name][2]) for name in known):
+            self.forget()
+        # the copy, on a GPU an alias, also holds the memory, so that no other tensor can get this address
+        for name, p in sources.items():
+            if name not in self.sources:
+                self.sources[name] = (p, stamps[name], p.detach().clone() if p.device.type == "cpu" else p.detach())
+        if key not in self.kept:
+            self.kept[key] = compute()
         return self.kept[key]
 
     @classmethod
     def stamp(cls, p: torch.Tensor) -> tuple | None:
         "What changes when `p` does; None for tensors that cannot be watched (of inference mode, of vmap, fake ones)."
         if type(p) not in (torch.Tensor, nn.Parameter): return None
-        try: return p.data_ptr(), p._version, p.dtype, p.device, cls.steps
-        except RuntimeError: return None
+        try:
+            return p.data_ptr(), p._version, p.dtype, p.device, cls.steps
+        except RuntimeError:
+            return None
 
     @staticmethod
-    def equal(p: torch.Tensor, copy: torch.Tensor) -> bool: return p.device.type != "cpu" or torch.equal(p, copy)
+    def equal(p: torch.Tensor, copy: torch.Tensor) -> bool:
+        return p.device.type != "cpu" or torch.equal(p, copy)
 
-    def __deepcopy__(self, memo): return Memory()
+    def __deepcopy__(self, memo):
+        return Memory()
 
-    def __reduce__(self): return Memory, ()
+    def __reduce__(self):
+        return Memory, ()
 
 # %% ../../nbs/21_rein_g.ipynb #96700bda
 class ReinG(Adapter):
-    """Rein-G: refines the patch tokens after every block and links its tokens to the head's queries (paper Sec. IV, eq. 2-13).
+    """Rein-G.
 
-    With `num_heads=1, gelu=False` it is the CVPR'24 module. Table V: core = `low_rank=False, share_mlp=False, link_queries=False`;
-    link = `low_rank=False`; lora = the default with one head and no GELU; then heads; then GELU.
+    Refines the patch tokens after every block and links its tokens to the head's queries (paper Sec. IV, eq. 2-13).
+
+    With `num_heads=1, gelu=False` it is the CVPR'24 module. Table V: core = `low_rank=False, share_mlp=False,
+    link_queries=False`; link = `low_rank=False`; lora = the default with one head and no GELU; then heads; then GELU.
     """
 
     def __init__(
@@ -131,13 +162,18 @@ class ReinG(Adapter):
         share_mlp: bool = True,  # W_T and the MLP shared by all layers
         link_queries: bool = True,  # False: `queries()` is None and the head learns its own
         scale: float = 0.001,  # initial value of s
-        normalize_link: bool = False,  # LayerNorm without parameters on T before W_Q; beyond the paper, for very short training
+        # LayerNorm without parameters on T before W_Q; beyond the paper, for very short training
+        normalize_link: bool = False,
     ):
-        super().__init__(embed_dim=embed_dim, depth=depth, num_tokens=num_tokens, rank=rank, num_heads=num_heads, query_dim=query_dim,
-                         num_prefix_tokens=num_prefix_tokens, gelu=gelu, low_rank=low_rank, share_mlp=share_mlp, link_queries=link_queries,
+        super().__init__(embed_dim=embed_dim, depth=depth, num_tokens=num_tokens, rank=rank, num_heads=num_heads,
+            query_dim=query_dim,
+                         num_prefix_tokens=num_prefix_tokens, gelu=gelu, low_rank=low_rank, share_mlp=share_mlp,
+                         link_queries=link_queries,
                          normalize_link=normalize_link)
-        if embed_dim % num_heads: raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
-        if num_tokens < 2: raise ValueError(f"num_tokens={num_tokens}: token 0 is dropped after the softmax, so at least 2 are needed")
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
+        if num_tokens < 2:
+            raise ValueError(f"num_tokens={num_tokens}: token 0 is dropped after the softmax, so at least 2 are needed")
         self.depth, self.num_heads, self.num_prefix_tokens = depth, num_heads, num_prefix_tokens
         self.low_rank, self.share_mlp, self.normalize_link = low_rank, share_mlp, normalize_link
         patch_pixels = 3 * 16**2  # the reference initialises for patch 16 whatever the patch is
@@ -151,7 +187,8 @@ class ReinG(Adapter):
         copies = 1 if share_mlp else depth
         self.token_to_value = nn.ModuleList(nn.Linear(embed_dim, embed_dim) for _ in range(copies))  # W_T, b_T
         self.mlp = nn.ModuleList(
-            nn.Sequential(nn.Linear(embed_dim, embed_dim // 2), nn.GELU(), nn.Linear(embed_dim // 2, embed_dim)) if gelu else nn.Linear(embed_dim, embed_dim)
+            nn.Sequential(nn.Linear(embed_dim, embed_dim // 2), nn.GELU(), nn.Linear(embed_dim // 2, embed_dim)) if gelu
+            else nn.Linear(embed_dim, embed_dim)
             for _ in range(copies))
         self.scale = nn.Parameter(torch.tensor(scale))
         if link_queries:
@@ -185,11 +222,14 @@ class ReinG(Adapter):
         patches = own_precision(patches, self.scale)
         k, v = self.keys_and_values(layer, patches.device.type, patches.dtype)
         batch = patches.shape[0]  # len() would fix the batch size of an exported program
-        d = F.scaled_dot_product_attention(self._heads(patches), k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1))
+        d = F.scaled_dot_product_attention(self._heads(patches), k.expand(batch, -1, -1, -1),
+            v.expand(batch, -1, -1, -1))
         return self.mlp[0 if self.share_mlp else layer](d.transpose(-3, -2).flatten(-2) + patches)
 
     def keys_and_values(self, layer: int, device_type: str, dtype: torch.dtype) -> tuple:
-        "T and V = T W_T + b_T of one layer by heads, each (h, m, c / h) of `dtype`, V of token 0 zeroed. Kept while gradients are off and the parameters the same."
+        """T and V = T W_T + b_T of one layer by heads, each (h, m, c / h) of `dtype`, V of token 0 zeroed.
+
+        Kept while gradients are off and the parameters the same."""
         linear, at = (self.token_to_value[0], "") if self.share_mlp else (self.token_to_value[layer], layer)
 
         def compute():
@@ -203,7 +243,8 @@ class ReinG(Adapter):
             return compute()
         tokens = dict(a=self.tokens_a, b=self.tokens_b) if self.low_rank else dict(full=self.full_tokens)
         autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-        return self._memory.get((layer, dtype, autocast), tokens | {f"weight{at}": linear.weight, f"bias{at}": linear.bias}, compute)
+        return self._memory.get((layer, dtype, autocast), tokens
+            | {f"weight{at}": linear.weight, f"bias{at}": linear.bias}, compute)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         "(..., n, c) -> (..., h, n, c / h)"
@@ -217,32 +258,43 @@ class ReinG(Adapter):
         "The linked queries (m, query_dim), eq. 8-10; None when the link is switched off."
         if not hasattr(self, "merge"): return None
         t = self.tokens()
-        if self.normalize_link: t = F.layer_norm(t, t.shape[-1:])
+        if self.normalize_link:
+            t = F.layer_norm(t, t.shape[-1:])
         q = self.token_to_query(t)  # (N, m, query_dim)
         stacked = torch.stack([q.amax(0), q.mean(0), q[-1]], dim=-1)
         return self.merge(stacked.flatten(-2))
 
     def _place(self, vit: nn.Module) -> None:
-        self._hooks += [block.register_forward_hook(partial(self._after, layer)) for layer, block in enumerate(vit.blocks)]
+        self._hooks += [block.register_forward_hook(partial(self._after, layer)) for layer,
+            block in enumerate(vit.blocks)]
 
-    def _after(self, layer: int, block: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor: return self(output, layer)
+    def _after(self, layer: int, block: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return self(output, layer)
 
     @classmethod
     def from_official(
         cls,
-        state_dict: dict,  # with the authors' CVPR'24 key names, plain or as `backbone.reins.*` inside a whole checkpoint
+        # with the authors' CVPR'24 key names, plain or as `backbone.reins.*` inside a whole checkpoint
+        state_dict: dict,
         num_prefix_tokens: int = 1,  # not stored in the file
     ) -> "ReinG":
-        "A one-head, no-GELU module with the released weights. Raises `ValueError` with the keys that are missing or unexpected."
-        inside = {k.removeprefix("backbone.reins."): v for k, v in state_dict.items() if k.startswith("backbone.reins.")}
+        """A one-head, no-GELU module with the released weights.
+
+        Raises `ValueError` with the keys that are missing or unexpected."""
+        inside = {k.removeprefix("backbone.reins."): v for k, v in state_dict.items()
+            if k.startswith("backbone.reins.")}
         state = inside or dict(state_dict)
         names = {"learnable_tokens_a": "tokens_a", "learnable_tokens_b": "tokens_b", "scale": "scale"} | {
             f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias") for theirs, ours in
-            (("mlp_token2feat", "token_to_value.0"), ("mlp_delta_f", "mlp.0"), ("transform", "token_to_query"), ("merge", "merge"))}
+            (("mlp_token2feat", "token_to_value.0"), ("mlp_delta_f", "mlp.0"), ("transform", "token_to_query"),
+            ("merge", "merge"))}
         missing, unexpected = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys())
-        if missing or unexpected: raise ValueError(f"not a Rein state dict of the CVPR'24 release: missing {missing}, unexpected {unexpected}")
+        if missing or unexpected:
+            raise ValueError(
+                f"not a Rein state dict of the CVPR'24 release: missing {missing}, unexpected {unexpected}")
         depth, num_tokens, rank = state["learnable_tokens_a"].shape
         module = cls(state["learnable_tokens_b"].shape[-1], depth, num_tokens, rank, num_heads=1, gelu=False,
                      query_dim=state["transform.weight"].shape[0], num_prefix_tokens=num_prefix_tokens)
-        module.to(state["scale"].dtype).load_state_dict({names[k]: v.reshape(()) if k == "scale" else v for k, v in state.items()})
+        module.to(state["scale"].dtype).load_state_dict(
+            {names[k]: v.reshape(()) if k == "scale" else v for k, v in state.items()})
         return module

@@ -18,8 +18,8 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from ..files import write_together
-from .adapter_files import _IDENTITY, config_digest, DTYPES, identity, read_adapter
-from .backbones import create_backbone, extract_features, IMAGENET_MEAN, IMAGENET_STD, patch_size_of
+from .adapter_files import _IDENTITY, DTYPES, config_digest, identity, read_adapter
+from .backbones import IMAGENET_MEAN, IMAGENET_STD, create_backbone, extract_features, patch_size_of
 from .baselines import create_adapter
 from .mask2former import HeadOutput, Mask2Former, semantic_scores
 from .semantic_fpn import SemanticFPN
@@ -48,7 +48,8 @@ class Segmenter(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         adapter.attach(backbone)
-        self.trained = tuple(name for name, p in self.named_parameters() if p.requires_grad)  # what a file holds, also once it is frozen
+        # what a file holds, also once it is frozen
+        self.trained = tuple(name for name, p in self.named_parameters() if p.requires_grad)
         self.loaded = None  # what `load_adapter` said of the last file: folder, dtype, megabytes, record
 
     def train(self, mode: bool = True) -> "Segmenter":
@@ -58,26 +59,38 @@ class Segmenter(nn.Module):
         return self
 
     def compile_blocks(self, **options) -> "Segmenter":
-        """Compile the backbone's blocks with `torch.compile`: one program for all of them, for each image size and with or without gradient. What an adapter hooks in between stays as it is.
+        """Compile the backbone's blocks with `torch.compile`.
 
-        Results change by rounding only, names of parameters not at all. The first pass takes a minute, later ones less than before; on a CPU a C++ compiler is needed. `options` are torch.compile's."""
+        One program for all of them, for each image size and with or without gradient. What an adapter hooks in between
+        stays as it is.
+
+        Results change by rounding only, names of parameters not at all. The first pass takes a minute, later ones less
+        than before; on a CPU a C++ compiler is needed. `options` are torch.compile's."""
         programs = {}
         for block in self.backbone.blocks:
             kind = type(block)
-            if kind not in programs: programs[kind] = torch.compile(kind.forward, **options)
-            block.forward = MethodType(programs[kind], block)  # bound, so that a copy of the segmenter runs its own blocks
+            if kind not in programs:
+                programs[kind] = torch.compile(kind.forward, **options)
+            # bound, so that a copy of the segmenter runs its own blocks
+            block.forward = MethodType(programs[kind], block)
         return self
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        "Four refined maps (B, C, H / patch, W / patch) of images (B, 3, H, W) in [0, 1]; H and W multiples of the patch."
+        """Four refined maps (B, C, H / patch, W / patch) of images (B, 3, H, W) in [0, 1].
+
+        H and W multiples of the patch."""
         return extract_features(self.backbone, (images - self.mean) / self.std)
 
     def forward(self, images: torch.Tensor) -> HeadOutput | torch.Tensor:
-        "All predictions of the head for images (B, 3, H, W) in [0, 1]; a per-pixel head gives logits (B, K, H / 4, W / 4)."
+        """All predictions of the head for images (B, 3, H, W) in [0, 1].
+
+        A per-pixel head gives logits (B, K, H / 4, W / 4)."""
         return self.head(self.features(images), self.adapter.queries())
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
-        "s_k (B, K, H / 4, W / 4) float32 of the last prediction; they lie in about [0, 1] with every head. Take the argmax, never a softmax."
+        """s_k (B, K, H / 4, W / 4) float32 of the last prediction; they lie in about [0, 1] with every head.
+
+        Take the argmax, never a softmax."""
         out = self(images)
         if isinstance(out, torch.Tensor): return out.float().softmax(1)
         return semantic_scores(out.class_logits[-1], out.mask_logits[-1])
@@ -86,27 +99,34 @@ class Segmenter(nn.Module):
     def predict(
         self,
         images: torch.Tensor,  # (B, 3, H, W) in [0, 1], any H and W
-        window: int | None = None,  # side of a square window in pixels (512 or 1024 in the paper); None: the whole image at once
+        # side of a square window in pixels (512 or 1024 in the paper); None: the whole image at once
+        window: int | None = None,
         stride: int | None = None,  # between windows; None: two thirds of the window (341 for 512, 683 for 1024)
         batch: int = 8,  # windows a forward pass, of all images together
-        precision: str | None = None,  # "bf16": matrix products in bfloat16; "float32"; None: what autocast around the call says
+        # "bf16": matrix products in bfloat16; "float32"; None: what autocast around the call says
+        precision: str | None = None,
     ) -> torch.Tensor:  # scores (B, K, H, W) float32
         """Scores at full resolution, averaged over windows. Raises `ValueError` for an unknown precision.
 
-        The last window of a row or column is shifted inside, a side shorter than the window is taken whole, and sizes that the patch does not divide (or under
-        32 pixels) are padded and cropped back. Many images of one size: `compile_blocks()` first, and `merged` of `reinpp.models.export`. Memory: the result, plus one batch of windows; a window's scores are added in place and forgotten.
-        """
-        if precision not in (None, "bf16", "float32"): raise ValueError(f"precision={precision!r}: use bf16, float32 or None")
+        The last window of a row or column is shifted inside, a side shorter than the window is taken whole, and sizes
+        that the patch does not divide (or under 32 pixels) are padded and cropped back. Many images of one size:
+        `compile_blocks()` first, and `merged` of `reinpp.models.export`. Memory: the result, plus one batch of windows;
+        a window's scores are added in place and forgotten."""
+        if precision not in (None, "bf16", "float32"):
+            raise ValueError(f"precision={precision!r}: use bf16, float32 or None")
         if precision:
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"): return self.predict(images, window, stride, batch)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                return self.predict(images, window, stride, batch)
         count, _, height, width = images.shape
         h, w = (min(window, height), min(window, width)) if window else (height, width)
         step = stride or max(1, round(window * 2 / 3)) if window else max(h, w)
-        corners = [(b, y, x) for b in range(count) for y in window_starts(height, h, step) for x in window_starts(width, w, step)]
+        corners = [(b, y, x) for b in range(count) for y in window_starts(height, h, step)
+            for x in window_starts(width, w, step)]
         total = images.new_zeros(count, self.num_classes, height, width, dtype=torch.float32)
         seen = images.new_zeros(count, 1, height, width, dtype=torch.float32)
         patch = patch_size_of(self.backbone)
-        padded = tuple(max(-(-side // patch), -(-STRIDES[-1] // patch)) * patch for side in (h, w))  # the coarsest map needs a pixel
+        # the coarsest map needs a pixel
+        padded = tuple(max(-(-side // patch), -(-STRIDES[-1] // patch)) * patch for side in (h, w))
         for start in range(0, len(corners), batch):
             chunk = corners[start : start + batch]
             crops = torch.stack([images[b, :, y : y + h, x : x + w] for b, y, x in chunk])
@@ -126,14 +146,18 @@ class Segmenter(nn.Module):
         return padded
 
     def trainable_parameters(self) -> dict:
-        "Counts of trained parameters: adapter (backbone side), head, total, and the adapter's share of the backbone in percent."
+        """Counts of trained parameters.
+
+        Adapter (backbone side), head, total, and the adapter's share of the backbone in percent."""
         backbone = sum(p.numel() for p in self.backbone.parameters())
         adapter = sum(p.numel() for m in (self.adapter, self.backbone) for p in m.parameters() if p.requires_grad)
         head = sum(p.numel() for p in self.head.parameters() if p.requires_grad)
-        return dict(adapter=adapter, head=head, total=adapter + head, backbone=backbone, percent=100 * adapter / backbone)
+        return dict(adapter=adapter, head=head, total=adapter + head, backbone=backbone,
+            percent=100 * adapter / backbone)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        "The trained parameters by name (adapter, head, and what the adapter trains in the backbone), sharing memory with the segmenter."
+        """The trained parameters by name (adapter, head, and what the adapter trains in the backbone), sharing memory
+        with the segmenter."""
         own = dict(self.named_parameters())
         return {name: own[name].detach() for name in self.trained}
 
@@ -143,42 +167,64 @@ class Segmenter(nn.Module):
         record: dict | None = None,  # how it was trained: kept in the config
         dtype: str | None = None,  # "float16" or "bfloat16": half the size, rounded; None: bit for bit
     ) -> Path:
-        "Write `adapter_model.safetensors` and `adapter_config.json`, each whole or not at all. Raises `ValueError` for a dtype that cannot hold the weights; nothing is written then."
-        if dtype not in (None, *DTYPES): raise ValueError(f"dtype={dtype!r}: use {', '.join(DTYPES)}, or None for the segmenter's own")
-        state = {name: t.cpu().to(DTYPES[dtype] if dtype else t.dtype).contiguous() for name, t in self.trained_state().items()}
+        """Write `adapter_model.safetensors` and `adapter_config.json`, each whole or not at all.
+
+        Raises `ValueError` for a dtype that cannot hold the weights; nothing is written then."""
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype={dtype!r}: use {', '.join(DTYPES)}, or None for the segmenter's own")
+        state = {name: t.cpu().to(DTYPES[dtype] if dtype else t.dtype).contiguous() for name,
+            t in self.trained_state().items()}
         broken = [name for name, t in state.items() if not t.isfinite().all()]
-        if broken: raise ValueError(f"{broken[0]} is not finite{f' in {dtype}' if dtype else ''}: nothing was saved" + ("; use bfloat16 or float32" if dtype == "float16" else ""))
+        if broken:
+            raise ValueError(f"{broken[0]} is not finite{f' in {dtype}' if dtype else ''}: nothing was saved"
+                + ("; use bfloat16 or float32" if dtype == "float16" else ""))
         kinds = sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})
         data = save_tensors(state, dict(config=config_digest(self.config)))
         config = dict(self.config, dtype="+".join(kinds), sha256=hashlib.sha256(data).hexdigest(), record=record or {})
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_together({folder / "adapter_model.safetensors": data, folder / "adapter_config.json": (json.dumps(config, indent=1) + "\n").encode()})
+        write_together({folder / "adapter_model.safetensors": data,
+            folder / "adapter_config.json": (json.dumps(config, indent=1) + "\n").encode()})
         return folder
 
     def load_adapter(self, folder: str | Path) -> "Segmenter":
-        """Load what `save_adapter` wrote, onto this segmenter's device and dtype. Only the small file moves: this is how one held backbone changes its domain.
+        """Load what `save_adapter` wrote, onto this segmenter's device and dtype.
 
-        Raises `ValueError` for another backbone, adapter, head, class count or size, and for a damaged file; whatever goes wrong, the segmenter is left as it was.
-        `loaded` then says what came in, and a warning tells when it is in half precision.
-        """
+        Only the small file moves: this is how one held backbone changes its domain.
+
+        Raises `ValueError` for another backbone, adapter, head, class count or size, and for a damaged file; whatever
+        goes wrong, the segmenter is left as it was. `loaded` then says what came in, and a warning tells when it is in
+        half precision."""
         config, state = read_adapter(folder)
         for (key, theirs), ours in zip(identity(config).items(), identity(self.config).values()):
             if theirs != ours:
-                raise ValueError(f"{folder}: {key} is {theirs!r}, this segmenter has {ours!r}: use load_segmenter(folder), or create the segmenter to match")
+                raise ValueError(
+                    f"{folder}: {key} is {theirs!r}, this segmenter has {ours!r}: use load_segmenter(folder), or "
+                    "create the segmenter to match")
         own = self.trained_state()
         wrong = sorted(own.keys() ^ state.keys())
-        if wrong: raise ValueError(f"{folder}: {len(wrong)} tensors are missing or unexpected, first {wrong[0]}: it was saved by another version or configuration")
+        if wrong:
+            raise ValueError(
+                f"{folder}: {len(wrong)} tensors are missing or unexpected, first {wrong[0]}: it was saved by "
+                "another version or configuration")
         wrong = [n for n in own if own[n].shape != state[n].shape]
-        if wrong: raise ValueError(f"{folder}: {len(wrong)} tensors have another shape, first {wrong[0]}: {tuple(state[wrong[0]].shape)} in the file, {tuple(own[wrong[0]].shape)} here")
+        if wrong:
+            raise ValueError(
+                f"{folder}: {len(wrong)} tensors have another shape, first {wrong[0]}: "
+                f"{tuple(state[wrong[0]].shape)} in the file, {tuple(own[wrong[0]].shape)} here")
         before = {name: t.clone() for name, t in own.items()}
         try:
-            for name, t in own.items(): t.copy_(state[name])
+            for name, t in own.items():
+                t.copy_(state[name])
         except BaseException:
-            for name, t in own.items(): t.copy_(before[name])
+            for name, t in own.items():
+                t.copy_(before[name])
             raise
-        self.loaded = dict(folder=str(folder), dtype=config["dtype"], megabytes=round(sum(t.nbytes for t in state.values()) / 1e6, 3), record=config["record"])
-        if config["dtype"] != "float32": warnings.warn(f"{folder}: these weights were stored in {config['dtype']}; scores differ slightly from those of the float32 weights", stacklevel=2)
+        self.loaded = dict(folder=str(folder), dtype=config["dtype"],
+            megabytes=round(sum(t.nbytes for t in state.values()) / 1e6, 3), record=config["record"])
+        if config["dtype"] != "float32":
+            warnings.warn(
+                f"{folder}: these weights were stored in {config['dtype']}; scores differ slightly from those of the float32 weights", stacklevel=2)
         return self
 
 # %% ../../nbs/27_segmenter.ipynb #80d88a15
@@ -200,27 +246,48 @@ def create_segmenter(
     head_args: dict = {},  # of the head's class, e.g. dict(hidden_dim=96)
     normalization: str = "own",  # the family's own mean and std, or "imagenet" (the authors' choice for all families)
     weights: str | Path | None = None,  # a local checkpoint of the backbone
-    backbone_args: dict = {},  # further arguments of `create_backbone`, e.g. dict(hold="bf16") or dict(patch_resize="official")
+    # further arguments of `create_backbone`, e.g. dict(hold="bf16") or dict(patch_resize="official")
+    backbone_args: dict = {},
 ) -> Segmenter:
-    "Frozen backbone + adapter + head. Sizes that depend on each other (query width, number of queries, pyramid scales) are derived. Raises `ValueError` for what does not fit."
-    if head not in HEADS: raise ValueError(f"head={head!r} is unknown: use one of {', '.join(HEADS)}")
-    if normalization not in ("own", "imagenet"): raise ValueError(f"normalization={normalization!r}: use 'own' or 'imagenet'")
-    if num_classes < 1: raise ValueError(f"num_classes={num_classes}: at least one class is needed")
-    if head in PER_PIXEL and adapter == "rein_g": adapter_args = dict(link_queries=False) | dict(adapter_args)
+    """Frozen backbone + adapter + head.
+
+    Sizes that depend on each other (query width, number of queries, pyramid scales) are derived. Raises `ValueError`
+    for what does not fit."""
+    if head not in HEADS:
+        raise ValueError(f"head={head!r} is unknown: use one of {', '.join(HEADS)}")
+    if normalization not in ("own", "imagenet"):
+        raise ValueError(f"normalization={normalization!r}: use 'own' or 'imagenet'")
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: at least one class is needed")
+    if head in PER_PIXEL and adapter == "rein_g":
+        adapter_args = dict(link_queries=False) | dict(adapter_args)
     config = dict(backbone=backbone, adapter=adapter, head=head, num_classes=num_classes, image_size=image_size,
-                  backbone_args={k: v for k, v in backbone_args.items() if k != "device"}, adapter_args=dict(adapter_args), head_args=dict(head_args), normalization=normalization)
-    try: config = json.loads(json.dumps(config))  # as it comes back from a file: lists, no tuples
-    except TypeError as error: raise ValueError(f"arguments must be plain numbers, strings and lists, since they go into the adapter file: {error}") from error
+                  backbone_args={k: v for k, v in backbone_args.items() if k != "device"},
+                  adapter_args=dict(adapter_args), head_args=dict(head_args), normalization=normalization)
+    try:
+        config = json.loads(json.dumps(config))  # as it comes back from a file: lists, no tuples
+    except TypeError as error:
+        raise ValueError(
+            f"arguments must be plain numbers, strings and lists, since they go into the adapter file: {error}") from error
     vit = create_backbone(backbone, image_size, pretrained=pretrained, weights=weights, **backbone_args)
     patch = patch_size_of(vit)
-    if image_size % patch: raise ValueError(f"image_size={image_size} is not a multiple of the patch of {backbone} ({patch}): use {image_size // patch * patch or patch}")
-    if adapter == "rein_g" and "hidden_dim" in head_args: adapter_args = dict(query_dim=head_args["hidden_dim"]) | dict(adapter_args)
+    if image_size % patch:
+        raise ValueError(
+            f"image_size={image_size} is not a multiple of the patch of {backbone} ({patch}): use "
+            f"{image_size // patch * patch or patch}")
+    if adapter == "rein_g" and "hidden_dim" in head_args:
+        adapter_args = dict(query_dim=head_args["hidden_dim"]) | dict(adapter_args)
     tune = create_adapter(adapter, vit, **adapter_args)
     queries = tune.queries()
-    if queries is not None and head in PER_PIXEL: raise ValueError(f"head={head!r} labels pixels and has no queries to link: leave link_queries out of adapter_args")
+    if queries is not None and head in PER_PIXEL:
+        raise ValueError(
+            f"head={head!r} labels pixels and has no queries to link: leave link_queries out of adapter_args")
     linked = dict(linked=queries is not None) | ({} if queries is None else dict(num_queries=len(queries)))
-    try: top = HEADS[head](vit.embed_dim, num_classes, scales=tuple(patch / s for s in STRIDES), **linked | dict(head_args))
-    except TypeError as error: raise ValueError(f"head={head!r} does not take these arguments: {error}") from error
+    try:
+        top = HEADS[head](vit.embed_dim, num_classes, scales=tuple(patch / s for s in STRIDES), **linked
+            | dict(head_args))
+    except TypeError as error:
+        raise ValueError(f"head={head!r} does not take these arguments: {error}") from error
     own = vit.pretrained_cfg
     mean, std = (own["mean"], own["std"]) if normalization == "own" else (IMAGENET_MEAN, IMAGENET_STD)
     return Segmenter(vit, tune, top, num_classes, mean, std, config).eval()

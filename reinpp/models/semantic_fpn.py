@@ -9,7 +9,7 @@ __all__ = ['SemanticFPN']
 import math
 
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 # %% ../../nbs/25_semantic_fpn.ipynb #d00fbd87
 def _conv(in_channels: int, out_channels: int, kernel: int = 1) -> nn.Conv2d:
@@ -27,54 +27,68 @@ def _stage(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class SemanticFPN(nn.Module):
-    "Feature pyramid and semantic branch on four maps of a plain ViT, K logits per pixel (Kirillov et al., CVPR 2019, Sec. 3 and Fig. 3)."
+    """Feature pyramid and semantic branch on four maps of a plain ViT, K logits per pixel (Kirillov et al., CVPR 2019,
+    Sec. 3 and Fig. 3)."""
     def __init__(self,
-        in_channels: int,       # channels of the backbone's maps
-        num_classes: int,       # K
+        in_channels: int,  # channels of the backbone's maps
+        num_classes: int,  # K
         scales: tuple[float, float, float, float] = (4, 2, 1, .5),  # from the patch grid to strides 4, 8, 16, 32
         hidden_dim: int = 256,  # d, channels of the pyramid
         branch_dim: int | None = None,  # b, channels of the semantic branch; None: half of hidden_dim
-        linked: bool = False,   # refused: this head has no queries
+        linked: bool = False,  # refused: this head has no queries
         num_queries: int | None = None,  # not used
     ):
         super().__init__()
-        if linked: raise ValueError(_NO_QUERIES)
-        if len(scales) != 4: raise ValueError(f"SemanticFPN: scales must be four factors (to strides 4, 8, 16, 32), got {scales}")
+        if linked:
+            raise ValueError(_NO_QUERIES)
+        if len(scales) != 4:
+            raise ValueError(f"SemanticFPN: scales must be four factors (to strides 4, 8, 16, 32), got {scales}")
         branch_dim = branch_dim or hidden_dim // 2
         self.in_channels, self.num_classes, self.hidden_dim, self.branch_dim, self.scales = in_channels, num_classes, hidden_dim, branch_dim, tuple(scales)
         self.laterals = nn.ModuleList(_conv(in_channels, hidden_dim) for _ in scales)
         self.smooth = nn.ModuleList(_conv(hidden_dim, hidden_dim, 3) for _ in scales)
         self.branches = nn.ModuleList(
-            nn.ModuleList(_stage(branch_dim if i else hidden_dim, branch_dim) for i in range(number)) for number in (1, 1, 2, 3))
+            nn.ModuleList(_stage(branch_dim if i else hidden_dim, branch_dim) for i in range(number))
+            for number in (1, 1, 2, 3))
         self.classify = _conv(branch_dim, num_classes)
 
     def forward(self,
         features: list[Tensor],  # four maps (B, in_channels, h, w), all at the patch stride, shallow to deep
-        queries: None = None,    # of the adapter: must be None
-    ) -> Tensor:                 # (B, K, H/4, W/4) logits
-        "Raises ValueError when the maps are not four, have other channels than the head was built for, are too small to be resized, or when there are queries."
-        if queries is not None: raise ValueError(_NO_QUERIES)
+        queries: None = None,  # of the adapter: must be None
+    ) -> Tensor:  # (B, K, H/4, W/4) logits
+        """Raises ValueError when the maps are not four, have other channels than the head was built for, are too small
+        to be resized, or when there are queries."""
+        if queries is not None:
+            raise ValueError(_NO_QUERIES)
         if len(features) != 4 or any(f.ndim != 4 or f.shape[1] != self.in_channels for f in features):
-            raise ValueError(f"SemanticFPN: expected four maps (B, {self.in_channels}, h, w), got {[tuple(f.shape) for f in features]}")
+            raise ValueError(
+                f"SemanticFPN: expected four maps (B, {self.in_channels}, h, w), got "
+                f"{[tuple(f.shape) for f in features]}")
         maps = [_resize(lateral(f), s) for lateral, f, s in zip(self.laterals, features, self.scales)]
         sizes = [m.shape[-2:] for m in maps]
-        for i in (2, 1, 0): maps[i] = maps[i] + F.interpolate(maps[i + 1], size=sizes[i], mode="nearest")
+        for i in (2, 1, 0):
+            maps[i] = maps[i] + F.interpolate(maps[i + 1], size=sizes[i], mode="nearest")
         total = 0
         for i, branch in enumerate(self.branches):
             x = self.smooth[i](maps[i])
             for step, stage in enumerate(branch, 1):
                 x = stage(x)
-                if i: x = F.interpolate(x, size=sizes[i - step], mode="bilinear", align_corners=False)
+                if i:
+                    x = F.interpolate(x, size=sizes[i - step], mode="bilinear", align_corners=False)
             total = total + x
         return self.classify(total)
 
 
-_NO_QUERIES = ("SemanticFPN labels pixels and has no queries to link: create the segmenter with head='semantic_fpn', adapter_args=dict(link_queries=False) "
+_NO_QUERIES = (
+    "SemanticFPN labels pixels and has no queries to link: create the segmenter with head='semantic_fpn', "
+    "adapter_args=dict(link_queries=False) "
                "(or an adapter without queries)")
 
 
 def _resize(x: Tensor, scale: float) -> Tensor:
     if scale == 1: return x
     if min(x.shape[-2:]) * scale < 1:
-        raise ValueError(f"SemanticFPN: a feature map of {tuple(x.shape[-2:])} cannot be resized by {scale}: use larger images or larger scales")
+        raise ValueError(
+            f"SemanticFPN: a feature map of {tuple(x.shape[-2:])} cannot be resized by {scale}: use larger images "
+            "or larger scales")
     return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)

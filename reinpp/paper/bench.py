@@ -28,52 +28,60 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..adaptation.masks import compose, pack, pad, unpack
-from ..adaptation.rein_a import pseudo_label, ReinA, stm_label
+from ..adaptation.rein_a import ReinA, pseudo_label, stm_label
 from ..adaptation.stm import STM
-from ..data.transforms import hide_blocks, mix_images, TrainTransform
+from ..data.transforms import TrainTransform, hide_blocks, mix_images
 from ..files import data_folder, write_atomically
 from ..labels import CLASSES, IGNORE
+from ..models import losses
 from ..models.backbones import extract_features, held_bytes
 from ..models.losses import match, normalized_score_loss, paired_loss, point_sample, targets_from_labels
 from ..models.mask2former import HeadOutput, Mask2Former, open_rows, semantic_scores
 from ..models.rein_g import ReinG
-from ..models.segmenter import create_segmenter, Segmenter
+from ..models.segmenter import Segmenter, create_segmenter
 from .experiments import PRESETS
 from .runs import commit, versions
 from ..training.ema import run_teacher
 from ..training.generalize import Generalize
-from ..models import losses
 
 # %% ../../nbs/59_bench.ipynb #84d73eda
 @dataclasses.dataclass(frozen=True)
 class Row:
     "One line of the benchmark: what a step is, and how large."
-    what: str  # head (head and loss alone, features given), rein_g or full (a training step), rein_a (an adaptation step), inference
+    # head (head and loss alone, features given), rein_g or full (a training step), rein_a (an adaptation step),
+    # inference
+    what: str
     preset: str = "tiny"  # key of `PRESETS`: model, crop, points, settings of Rein-A
     batch: int = 1  # images; rein_a: source and target images, each
     model: dict = dataclasses.field(default_factory=dict)  # changes to the preset's arguments of `create_segmenter`
-    data: dict = dataclasses.field(default_factory=dict)  # changes to the preset's crop and num_points, and to the limit of proposals
+    # changes to the preset's crop and num_points, and to the limit of proposals
+    data: dict = dataclasses.field(default_factory=dict)
     gpu: bool = False  # too large for a CPU
     reference: bool = True  # whether the reference path is measured beside it
 
     @property
-    def hold(self) -> str: return self.model.get("backbone_args", {}).get("hold", "fp32")
+    def hold(self) -> str:
+        return self.model.get("backbone_args", {}).get("hold", "fp32")
 
     @property
-    def sizes(self) -> dict: return PRESETS[self.preset].data | self.data
+    def sizes(self) -> dict:
+        return PRESETS[self.preset].data | self.data
 
     @property
-    def limit(self) -> int: return self.data.get("limit", PRESETS[self.preset].adaptation["limit"])  # proposals that STM sees
+    def limit(self) -> int:
+        return self.data.get("limit", PRESETS[self.preset].adaptation["limit"])  # proposals that STM sees
 
     def paths(self, device: torch.device) -> list[tuple[str, str]]:
         "What is measured on a device, as (path, precision)."
-        if device.type != "cuda": return [("ours", "float32")] + [("reference", "float32")] * self.reference
+        if device.type != "cuda":
+            return [("ours", "float32")] + [("reference", "float32")] * self.reference
         ours = [("ours", "bf16")] + [("ours", "float32")] * (self.hold == "fp32")
         return ours + [("reference", "tf32"), ("reference", "float32")] * self.reference
 
 
 def _paper(what, batch, backbone, hold=None, **more):
-    return Row(what, "paper", batch, dict(backbone=backbone) | (dict(backbone_args=dict(hold=hold)) if hold else {}), gpu=True, **more)
+    return Row(what, "paper", batch, dict(backbone=backbone) | (dict(backbone_args=dict(hold=hold)) if hold else {}),
+        gpu=True, **more)
 
 
 ROWS = {
@@ -90,7 +98,8 @@ ROWS = {
     "dinov2_giant_rein_a": _paper("rein_a", 1, "dinov2_giant"),
     "internvl_6b_rein_g": _paper("rein_g", 4, "internvl_6b", "bf16", reference=False),
     "internvl_6b_rein_a": _paper("rein_a", 1, "internvl_6b"),
-    **{f"internvl_6b_rein_a_{hold}": _paper("rein_a", 1, "internvl_6b", hold, reference=False) for hold in ("bf16", "int8", "int4")},
+    **{f"internvl_6b_rein_a_{hold}": _paper("rein_a", 1, "internvl_6b", hold, reference=False)
+    for hold in ("bf16", "int8", "int4")},
 }
 
 # %% ../../nbs/59_bench.ipynb #028f635d
@@ -99,17 +108,21 @@ class PlainReinG(nn.Module):
 
     def __init__(self, adapter: ReinG):
         super().__init__()
-        if not (adapter.low_rank and adapter.share_mlp and hasattr(adapter, "merge")): raise ValueError("PlainReinG: the reference is Rein-G with low-rank tokens, one MLP and linked queries")
-        for name in ("tokens_a", "tokens_b", "scale", "token_to_query", "merge"): setattr(self, name, copy.deepcopy(getattr(adapter, name)))
+        if not (adapter.low_rank and adapter.share_mlp and hasattr(adapter, "merge")):
+            raise ValueError("PlainReinG: the reference is Rein-G with low-rank tokens, one MLP and linked queries")
+        for name in ("tokens_a", "tokens_b", "scale", "token_to_query", "merge"):
+            setattr(self, name, copy.deepcopy(getattr(adapter, name)))
         self.token_to_value, self.mlp = copy.deepcopy(adapter.token_to_value[0]), copy.deepcopy(adapter.mlp[0])
         self.heads, self.prefix, self.normalize = adapter.num_heads, adapter.num_prefix_tokens, adapter.normalize_link
 
-    def tokens(self, layer: int) -> torch.Tensor: return self.tokens_a[layer] @ self.tokens_b[layer]  # eq. 11
+    def tokens(self, layer: int) -> torch.Tensor:
+        return self.tokens_a[layer] @ self.tokens_b[layer]  # eq. 11
 
     def forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         "(B, prefix + n, c) -> the same."
         prefix, f = x[:, :self.prefix], x[:, self.prefix:]
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        def split(t):
+            return t.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
         t = self.tokens(layer)
         v = self.token_to_value(t)
         s = torch.softmax(split(f) @ split(t).transpose(-2, -1) / (f.shape[-1] / self.heads) ** .5, dim=-1)  # eq. 5
@@ -128,15 +141,20 @@ class PlainReinG(nn.Module):
 # %% ../../nbs/59_bench.ipynb #64308bb2
 def _hugging_face():
     "The Mask2Former modules of transformers. Raises `ImportError` with what to do."
-    try: from transformers.models.mask2former import modeling_mask2former
-    except ImportError as error: raise ImportError(f"the reference path needs transformers, a development dependency ({error}): pip install 'reinpp[dev]', or measure with reference=False") from error
+    try:
+        from transformers.models.mask2former import modeling_mask2former
+    except ImportError as error:
+        raise ImportError(
+            f"the reference path needs transformers, a development dependency ({error}): pip install 'reinpp[dev]', "
+            "or measure with reference=False") from error
     return modeling_mask2former
 
 
 def _same(theirs, ours):
     "Copy weights, once each; every parameter of a module."
     with torch.no_grad():
-        for a, b in zip(theirs.parameters(recurse=False), ours.parameters(recurse=False), strict=True): a.copy_(b)
+        for a, b in zip(theirs.parameters(recurse=False), ours.parameters(recurse=False), strict=True):
+            a.copy_(b)
 
 
 def _copy_pixels(theirs, ours):
@@ -144,21 +162,31 @@ def _copy_pixels(theirs, ours):
     pairs = [(theirs.input_projections[i][j], m[i]) for i in range(3) for j, m in enumerate((ours.project, ours.norms))]
     for a, b in zip(theirs.encoder.layers, ours.layers, strict=True):
         at = a.self_attn
-        pairs += [(at.sampling_offsets, b.attention.offsets), (at.attention_weights, b.attention.weights), (at.value_proj, b.attention.value), (at.output_proj, b.attention.out),
-                  (a.self_attn_layer_norm, b.norm1), (a.fc1, b.ffn[0]), (a.fc2, b.ffn[2]), (a.final_layer_norm, b.norm2)]
-    pairs += [(theirs.adapter_1[0], ours.lateral), (theirs.adapter_1[1], ours.lateral_norm), (theirs.layer_1[0], ours.smooth), (theirs.layer_1[1], ours.smooth_norm), (theirs.mask_projection, ours.mask_features)]
-    for a, b in pairs: _same(a, b)
-    with torch.no_grad(): theirs.level_embed.copy_(ours.level_embed)
+        pairs += [(at.sampling_offsets, b.attention.offsets), (at.attention_weights, b.attention.weights),
+            (at.value_proj, b.attention.value), (at.output_proj, b.attention.out),
+                  (a.self_attn_layer_norm, b.norm1), (a.fc1, b.ffn[0]), (a.fc2, b.ffn[2]),
+                  (a.final_layer_norm, b.norm2)]
+    pairs += [(theirs.adapter_1[0], ours.lateral), (theirs.adapter_1[1], ours.lateral_norm),
+        (theirs.layer_1[0], ours.smooth), (theirs.layer_1[1], ours.smooth_norm),
+        (theirs.mask_projection, ours.mask_features)]
+    for a, b in pairs:
+        _same(a, b)
+    with torch.no_grad():
+        theirs.level_embed.copy_(ours.level_embed)
 
 
 def _pixel_settings(pixels):
     "Of transformers' configuration, what the pixel decoder needs."
     dim, layer = pixels.hidden_dim, pixels.layers[0]
-    return dict(feature_size=dim, mask_feature_size=dim, hidden_dim=dim, encoder_feedforward_dim=layer.ffn[0].out_features, encoder_layers=len(pixels.layers),
-                dropout=0.0, enforce_input_projection=False, common_stride=4, feature_strides=[4, 8, 16, 32], num_attention_heads=layer.attention.num_heads)
+    return dict(feature_size=dim, mask_feature_size=dim, hidden_dim=dim,
+        encoder_feedforward_dim=layer.ffn[0].out_features, encoder_layers=len(pixels.layers),
+                dropout=0.0, enforce_input_projection=False, common_stride=4, feature_strides=[4, 8, 16, 32],
+                num_attention_heads=layer.attention.num_heads)
 
 
-def _pyramid(features, scales): return [f if s == 1 else F.interpolate(f, scale_factor=s, mode="bilinear", align_corners=False) for f, s in zip(features, scales)]
+def _pyramid(features, scales):
+    return [f if s == 1 else F.interpolate(f, scale_factor=s, mode="bilinear", align_corners=False) for f,
+        s in zip(features, scales)]
 
 
 class PlainPixels(nn.Module):
@@ -168,12 +196,14 @@ class PlainPixels(nn.Module):
         super().__init__()
         hf = _hugging_face()
         from transformers import Mask2FormerConfig, SwinConfig
-        self.scales, self.theirs = pixels.scales, hf.Mask2FormerPixelDecoder(Mask2FormerConfig(backbone_config=SwinConfig(), **_pixel_settings(pixels)), [pixels.in_channels] * 4)
+        self.scales, self.theirs = pixels.scales, hf.Mask2FormerPixelDecoder(
+            Mask2FormerConfig(backbone_config=SwinConfig(), **_pixel_settings(pixels)), [pixels.in_channels] * 4)
         _copy_pixels(self.theirs, pixels)
 
     def forward(self, features: list) -> tuple:
         "Four maps at the patch stride -> mask features, and three maps at strides 32, 16, 8."
-        out = self.theirs(_pyramid(features, self.scales), return_dict=True, output_hidden_states=False, output_attentions=False)
+        out = self.theirs(_pyramid(features, self.scales), return_dict=True, output_hidden_states=False,
+            output_attentions=False)
         return out.mask_features, list(out.multi_scale_features)
 
 
@@ -187,11 +217,15 @@ class PlainHead(nn.Module):
         pixels, decoder, dim = head.pixel_decoder, head.decoder, head.hidden_dim
         self.scales, self.num_classes, self.linked = pixels.scales, head.num_classes, head.linked
         settings = _pixel_settings(pixels) | dict(num_attention_heads=decoder.layers[0].cross.num_heads)
-        config = Mask2FormerConfig(backbone_config=SwinConfig(), dim_feedforward=decoder.layers[0].ffn[0].out_features, decoder_layers=len(decoder.layers) + 1, pre_norm=False,
-                                   num_queries=1 if head.linked else len(head.query_embed), num_labels=head.num_classes, **settings)
-        self.pixel, self.transformer = hf.Mask2FormerPixelDecoder(config, [pixels.in_channels] * 4), hf.Mask2FormerTransformerModule(dim, config)
+        config = Mask2FormerConfig(backbone_config=SwinConfig(), dim_feedforward=decoder.layers[0].ffn[0].out_features,
+            decoder_layers=len(decoder.layers) + 1, pre_norm=False,
+                                   num_queries=1 if head.linked else len(head.query_embed), num_labels=head.num_classes,
+                                   **settings)
+        self.pixel, self.transformer = hf.Mask2FormerPixelDecoder(config,
+            [pixels.in_channels] * 4), hf.Mask2FormerTransformerModule(dim, config)
         self.classes = nn.Linear(dim, head.num_classes + 1)
-        if head.linked: self.querys2feat = copy.deepcopy(head.querys2feat)
+        if head.linked:
+            self.querys2feat = copy.deepcopy(head.querys2feat)
         self._copy(head)
 
     def _copy(self, head):
@@ -200,31 +234,38 @@ class PlainHead(nn.Module):
         pairs = [(theirs.layernorm, decoder.norm), (self.classes, decoder.class_head)]
         for a, b in zip(theirs.layers, decoder.layers, strict=True):
             at = a.self_attn
-            pairs += [(a.cross_attn.out_proj, b.cross.out), (at.q_proj, b.attend.query), (at.k_proj, b.attend.key), (at.v_proj, b.attend.value), (at.out_proj, b.attend.out),
-                      (a.cross_attn_layer_norm, b.norm1), (a.self_attn_layer_norm, b.norm2), (a.final_layer_norm, b.norm3), (a.fc1, b.ffn[0]), (a.fc2, b.ffn[2])]
+            pairs += [(a.cross_attn.out_proj, b.cross.out), (at.q_proj, b.attend.query), (at.k_proj, b.attend.key),
+                (at.v_proj, b.attend.value), (at.out_proj, b.attend.out),
+                      (a.cross_attn_layer_norm, b.norm1), (a.self_attn_layer_norm, b.norm2),
+                      (a.final_layer_norm, b.norm3), (a.fc1, b.ffn[0]), (a.fc2, b.ffn[2])]
             with torch.no_grad():
                 parts = [b.cross.query, b.cross.key, b.cross.value]
                 a.cross_attn.in_proj_weight.copy_(torch.cat([p.weight for p in parts]))
                 a.cross_attn.in_proj_bias.copy_(torch.cat([p.bias for p in parts]))
         pairs += [(theirs.mask_predictor.mask_embedder.layers[i].layers[0], decoder.mask_head[2 * i]) for i in range(3)]
-        for a, b in pairs: _same(a, b)
+        for a, b in pairs:
+            _same(a, b)
         with torch.no_grad():
             self.transformer.level_embed.weight.copy_(decoder.level_embed)
             if not self.linked:
                 self.transformer.queries_embedder.weight.copy_(head.query_embed)
                 self.transformer.queries_features.weight.copy_(head.query_feat)
         if self.linked:
-            for unused in (self.transformer.queries_embedder, self.transformer.queries_features): unused.requires_grad_(False)
+            for unused in (self.transformer.queries_embedder, self.transformer.queries_features):
+                unused.requires_grad_(False)
 
     def forward(self, features: list, queries: torch.Tensor | None = None) -> HeadOutput:
         "Four maps at the patch stride, and linked queries -> all predictions."
-        pixels = self.pixel(_pyramid(features, self.scales), return_dict=True, output_hidden_states=False, output_attentions=False)
+        pixels = self.pixel(_pyramid(features, self.scales), return_dict=True, output_hidden_states=False,
+            output_attentions=False)
         args = list(pixels.multi_scale_features), pixels.mask_features
         if self.linked:
             own = {"queries_embedder.weight": queries, "queries_features.weight": self.querys2feat(queries)}
             out = torch.func.functional_call(self.transformer, own, args)
-        else: out = self.transformer(*args)
-        return HeadOutput([self.classes(x.transpose(0, 1)) for x in out.intermediate_hidden_states], list(out.masks_queries_logits))
+        else:
+            out = self.transformer(*args)
+        return HeadOutput([self.classes(x.transpose(0, 1)) for x in out.intermediate_hidden_states],
+            list(out.masks_queries_logits))
 
 
 class PlainLoss(nn.Module):
@@ -234,7 +275,8 @@ class PlainLoss(nn.Module):
         super().__init__()
         hf = _hugging_face()
         from transformers import Mask2FormerConfig, SwinConfig
-        config = Mask2FormerConfig(backbone_config=SwinConfig(), num_labels=num_classes, train_num_points=num_points, class_weight=2.0, mask_weight=5.0, dice_weight=5.0, no_object_weight=.1)
+        config = Mask2FormerConfig(backbone_config=SwinConfig(), num_labels=num_classes, train_num_points=num_points,
+            class_weight=2.0, mask_weight=5.0, dice_weight=5.0, no_object_weight=.1)
         self.set_loss = hf.Mask2FormerLoss(config, {})
 
     def forward(self, output: HeadOutput, labels: torch.Tensor) -> torch.Tensor:
@@ -250,7 +292,10 @@ class PlainLoss(nn.Module):
 
 # %% ../../nbs/59_bench.ipynb #af290fdb
 class Plain(nn.Module):
-    "The reference segmenter. It takes over the backbone of a `Segmenter` (which loses its adapter), and copies the weights of adapter and head."
+    """The reference segmenter.
+
+    It takes over the backbone of a `Segmenter` (which loses its adapter), and copies the weights of adapter and head.
+    """
 
     def __init__(
         self,
@@ -260,24 +305,33 @@ class Plain(nn.Module):
         super().__init__()
         segmenter.adapter.detach()
         self.backbone, self.num_classes = segmenter.backbone, segmenter.num_classes
-        for name in ("mean", "std"): self.register_buffer(name, getattr(segmenter, name))
-        self.adapter, self.head, self.loss = PlainReinG(segmenter.adapter), PlainHead(segmenter.head), PlainLoss(segmenter.num_classes, num_points)
-        for layer, block in enumerate(self.backbone.blocks): block.register_forward_hook(partial(self._refine, layer))
+        for name in ("mean", "std"):
+            self.register_buffer(name, getattr(segmenter, name))
+        self.adapter, self.head, self.loss = PlainReinG(segmenter.adapter), PlainHead(segmenter.head), PlainLoss(
+            segmenter.num_classes, num_points)
+        for layer, block in enumerate(self.backbone.blocks):
+            block.register_forward_hook(partial(self._refine, layer))
 
-    def _refine(self, layer, block, args, output): return self.adapter(output, layer)
+    def _refine(self, layer, block, args, output):
+        return self.adapter(output, layer)
 
-    def features(self, images: torch.Tensor) -> list: return extract_features(self.backbone, (images - self.mean) / self.std)
+    def features(self, images: torch.Tensor) -> list:
+        return extract_features(self.backbone, (images - self.mean) / self.std)
 
-    def forward(self, images: torch.Tensor) -> HeadOutput: return self.head(self.features(images), self.adapter.queries())
+    def forward(self, images: torch.Tensor) -> HeadOutput:
+        return self.head(self.features(images), self.adapter.queries())
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] -> scores (B, K, H, W)."
         out = self(images)
-        return F.interpolate(semantic_scores(out.class_logits[-1], out.mask_logits[-1]), images.shape[-2:], mode="bilinear", align_corners=False)
+        return F.interpolate(semantic_scores(out.class_logits[-1], out.mask_logits[-1]), images.shape[-2:],
+            mode="bilinear", align_corners=False)
 
 
 class PlainReinA:
-    "The reference for a step of Rein-A, with the options of a `ReinA` and its STM; takes over both. STM's pixel decoder is transformers' too; its decoder stays, since theirs knows no queries of a single image."
+    """The reference for a step of Rein-A, with the options of a `ReinA` and its STM; takes over both.
+
+    STM's pixel decoder is transformers' too; its decoder stays, since theirs knows no queries of a single image."""
 
     def __init__(self, objective: ReinA):
         self.o, self.stm, self.segmenter = objective, objective.stm, Plain(objective.segmenter, objective.num_points)
@@ -288,8 +342,10 @@ class PlainReinA:
     @contextlib.contextmanager
     def _as_teacher(self):
         self.segmenter.adapter, self.segmenter.head = self.teacher
-        try: yield
-        finally: self.segmenter.adapter, self.segmenter.head = self.own
+        try:
+            yield
+        finally:
+            self.segmenter.adapter, self.segmenter.head = self.own
 
     def step(self, batch: dict) -> torch.Tensor:
         "Algorithm 1 with its gradients; the loss."
@@ -306,9 +362,11 @@ class PlainReinA:
         total = segmenter.loss(segmenter(x_s), y_s) + segmenter.loss(stm(f_s, *pad(masks_s, limit)), y_s)
         y_mix, weight = torch.where(pasted, y_s, pseudo.label), pseudo.weight.masked_fill(pasted, 1)
         total = total + o.alpha * normalized_score_loss(_scores(segmenter(x_mix)), y_mix, weight)
-        total = total + o.alpha * normalized_score_loss(_scores(stm(f_mix, *pad(compose(masks_s, masks_t, pasted), limit))), y_mix, weight)
+        total = total + o.alpha * normalized_score_loss(
+            _scores(stm(f_mix, *pad(compose(masks_s, masks_t, pasted), limit))), y_mix, weight)
         output = segmenter(hide_blocks(x_t, segmenter.mean, o.mask_block, o.mask_ratio))
-        total = total + o.beta * paired_loss(output, answer.class_logits[-1], answer.mask_logits[-1], inside)["total"] + o.beta * segmenter.loss(output, c_stm)
+        total = total + o.beta * paired_loss(output, answer.class_logits[-1], answer.mask_logits[-1],
+            inside)["total"] + o.beta * segmenter.loss(output, c_stm)
         total.backward()
         return total.detach()
 
@@ -316,17 +374,21 @@ class PlainReinA:
     def after_step(self) -> None:
         "The teacher follows, parameter by parameter."
         for mine, average in zip(self.own, self.teacher):
-            for p, a in zip(mine.parameters(), average.parameters()): a.mul_(self.o.ema).add_(p, alpha=1 - self.o.ema)
+            for p, a in zip(mine.parameters(), average.parameters()):
+                a.mul_(self.o.ema).add_(p, alpha=1 - self.o.ema)
 
 
-def _scores(output): return semantic_scores(output.class_logits[-1], output.mask_logits[-1], output.padding)
+def _scores(output):
+    return semantic_scores(output.class_logits[-1], output.mask_logits[-1], output.padding)
 
 # %% ../../nbs/59_bench.ipynb #c1a500df
 def synthetic_batch(row: Row, device: torch.device) -> dict:
     "What a step of a row takes: image and label, and for Rein-A source, target and proposals."
     draw = torch.Generator().manual_seed(0)
     crop, batch = row.sizes["crop"], row.batch
-    picture = lambda: (F.interpolate(torch.rand(batch, 3, 8, 8, generator=draw), crop, mode="bilinear") + .05 * torch.rand(batch, 3, crop, crop, generator=draw)).clamp(0, 1)
+    def picture():
+        return (F.interpolate(torch.rand(batch, 3, 8, 8, generator=draw), crop, mode="bilinear")
+            + .05 * torch.rand(batch, 3, crop, crop, generator=draw)).clamp(0, 1)
     blocks = torch.randint(0, 12, (batch, 1, 6, 6), generator=draw).float()
     label = F.interpolate(blocks, crop, mode="nearest")[:, 0].long()
     label[:, : crop // 16] = IGNORE
@@ -338,7 +400,8 @@ def synthetic_batch(row: Row, device: torch.device) -> dict:
         line = torch.arange(grid)
         inside = [(line >= start[..., i, None]) & (line < end[..., i, None]) for i in (0, 1)]
         masks = pack(inside[0][..., :, None] & inside[1][..., None, :])
-        made = dict(source=made["image"], source_label=label, target=picture(), target_inside=torch.ones_like(label, dtype=torch.bool), source_masks=masks[0], target_masks=masks[1])
+        made = dict(source=made["image"], source_label=label, target=picture(),
+            target_inside=torch.ones_like(label, dtype=torch.bool), source_masks=masks[0], target_masks=masks[1])
     return {name: value.to(device) for name, value in made.items()}
 
 
@@ -352,12 +415,16 @@ def arithmetic(
     precision: str,  # bf16, tf32 or float32
     device: torch.device,
 ):
-    "Matrix products and convolutions in a precision; gives the factory of autocast contexts. Everything is as before afterwards."
-    if precision not in ("bf16", "tf32", "float32"): raise ValueError(f"precision={precision!r}: use bf16, tf32 or float32")
+    """Matrix products and convolutions in a precision; gives the factory of autocast contexts.
+
+    Everything is as before afterwards."""
+    if precision not in ("bf16", "tf32", "float32"):
+        raise ValueError(f"precision={precision!r}: use bf16, tf32 or float32")
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try: yield partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext
+    try:
+        yield partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
@@ -373,7 +440,8 @@ class Job:
         precision: str = "float32",  # or bf16, tf32
         device: torch.device = torch.device("cpu"),
     ):
-        self.row, self.path, self.precision, self.device, self.batch = row, path, precision, device, synthetic_batch(row, device)
+        self.row, self.path, self.precision, self.device, self.batch = row, path, precision, device, synthetic_batch(
+            row, device)
         p, plain, points = PRESETS[row.preset], path == "reference", row.sizes["num_points"]
         torch.manual_seed(0)
         self.stm, self.objective, self.optimizer, self.loss, self.features, self.after = None, None, None, None, (), lambda: None
@@ -382,29 +450,41 @@ class Job:
                 head = Mask2Former(1024, linked=False, **p.model.get("head_args", {}) | row.model.get("head_args", {}))
                 side = row.sizes["crop"] // 16
                 self.features = [torch.randn(row.batch, 1024, side, side, requires_grad=True) for _ in range(4)]
-                self.model, self.loss = (PlainHead(head), PlainLoss(head.num_classes, points)) if plain else (head, None)
+                self.model, self.loss = (PlainHead(head), PlainLoss(head.num_classes, points)) if plain else (head,
+                    None)
                 self.model.to(device).train()
                 return
-            changes = dict(adapter="full", adapter_args={}, head_args=dict(num_queries=100) | p.model.get("head_args", {})) if row.what == "full" else {}
+            changes = dict(adapter="full", adapter_args={}, head_args=dict(num_queries=100)
+                | p.model.get("head_args", {})) if row.what == "full" else {}
             segmenter = create_segmenter(**p.model | dict(pretrained=False) | row.model | changes)
             if row.what == "rein_a":
-                a = {k: v for k, v in p.adaptation.items() if k not in ("engine", "reduction", "stm")} | dict(stm_warmup=0, stm_least=0.0, limit=row.limit)
+                a = {k: v for k, v in p.adaptation.items()
+                    if k not in ("engine", "reduction", "stm")} | dict(stm_warmup=0, stm_least=0.0, limit=row.limit)
                 stm, nothing = STM.like(segmenter, **p.adaptation["stm"]), _Nothing([None])
-                self.objective = ReinA(segmenter, nothing, nothing, TrainTransform(crop=row.sizes["crop"]), nothing, nothing, stm=stm, rcs=False, num_points=points, patience=10**9, **a)
-        if self.objective: self.objective.to(device)
-        if plain: self.objective = PlainReinA(self.objective) if self.objective else None
-        elif not self.objective: self.objective = Generalize(segmenter, _Nothing([None]), None, num_points=points)
+                self.objective = ReinA(segmenter, nothing, nothing, TrainTransform(crop=row.sizes["crop"]), nothing,
+                    nothing, stm=stm, rcs=False, num_points=points, patience=10**9, **a)
+        if self.objective:
+            self.objective.to(device)
+        if plain:
+            self.objective = PlainReinA(self.objective) if self.objective else None
+        elif not self.objective:
+            self.objective = Generalize(segmenter, _Nothing([None]), None, num_points=points)
         self.model = (self.objective.segmenter if self.objective else Plain(segmenter, points)).to(device)
         if self.objective and plain:
-            for m in (self.objective.stm, *self.objective.teacher): m.to(device)
+            for m in (self.objective.stm, *self.objective.teacher):
+                m.to(device)
         self.model.train()
         self.model.backbone.eval()
         self.stm = getattr(self.objective, "stm", None)
-        if row.what == "inference": self.model.eval()
-        else: self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-6)
-        if row.what == "rein_a": self.after = self.objective.after_step if plain else partial(self.objective.after_step, 0)
+        if row.what == "inference":
+            self.model.eval()
+        else:
+            self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-6)
+        if row.what == "rein_a":
+            self.after = self.objective.after_step if plain else partial(self.objective.after_step, 0)
 
-    def trained(self) -> list[nn.Parameter]: return [p for m in (self.model, self.stm) if m is not None for p in m.parameters() if p.requires_grad]
+    def trained(self) -> list[nn.Parameter]:
+        return [p for m in (self.model, self.stm) if m is not None for p in m.parameters() if p.requires_grad]
 
     def modules(self) -> tuple[list, list]:
         "Every module that is Rein-G, and every one that is a head (a reference's teacher has its own)."
@@ -418,13 +498,17 @@ class Job:
         switch("other")
         with arithmetic(self.precision, self.device) as autocast:
             if self.row.what == "inference":
-                with torch.inference_mode(), autocast(): self.model.predict(self.batch["image"])
+                with torch.inference_mode(), autocast():
+                    self.model.predict(self.batch["image"])
                 return None
             loss = self._forward_backward(autocast)
         switch("optimizer")
-        if self.optimizer: self.optimizer.step()
-        for p in self.trained(): p.grad = None
-        for f in self.features: f.grad = None
+        if self.optimizer:
+            self.optimizer.step()
+        for p in self.trained():
+            p.grad = None
+        for f in self.features:
+            f.grad = None
         self.after()
         return loss
 
@@ -434,9 +518,13 @@ class Job:
         if self.objective:
             self.objective.autocast = autocast
             return self.objective.step(b, 0)["total"]
-        with autocast(): output = self.model(self.features if self.row.what == "head" else b["image"])
-        if plain: loss = (self.loss or self.model.loss)(output, b["label"])
-        else: loss = losses.segmentation_loss(output, b["label"], self.model.num_classes, self.row.sizes["num_points"])["total"]
+        with autocast():
+            output = self.model(self.features if self.row.what == "head" else b["image"])
+        if plain:
+            loss = (self.loss or self.model.loss)(output, b["label"])
+        else:
+            loss = losses.segmentation_loss(output, b["label"], self.model.num_classes,
+                self.row.sizes["num_points"])["total"]
         loss.backward()
         return loss.detach()
 
@@ -447,22 +535,26 @@ PARTS = ("backbone", "rein_g", "head", "matching", "loss", "stm", "scores", "opt
 class Clock:
     "Adds up the time of parts; on a GPU with events of its stream, so that nothing waits."
 
-    def __init__(self, device: torch.device): self.cuda, self.marks = device.type == "cuda", []
+    def __init__(self, device: torch.device):
+        self.cuda, self.marks = device.type == "cuda", []
 
     def switch(self, part: str) -> None:
         "From now on the time is this part's."
         if self.cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
-        else: now = time.perf_counter()
+        else:
+            now = time.perf_counter()
         self.marks.append((part, now))
 
     def seconds(self) -> dict:
         "Seconds by part, until now."
         self.switch("end")
-        if self.cuda: torch.cuda.synchronize()
+        if self.cuda:
+            torch.cuda.synchronize()
         spent = dict.fromkeys(PARTS, 0.0)
-        for (part, begin), (_, end) in zip(self.marks, self.marks[1:]): spent[part] += begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
+        for (part, begin), (_, end) in zip(self.marks, self.marks[1:]):
+            spent[part] += begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
         return spent
 
 
@@ -476,7 +568,9 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if ctx.ends: torch.autograd.Variable._execution_engine.queue_callback(lambda: ctx.clock.switch("other"))  # once this backward is done
+        if ctx.ends:
+            # once this backward is done
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: ctx.clock.switch("other"))
         ctx.clock.switch(ctx.later)
         return None, None, None, None, *grads
 
@@ -487,14 +581,16 @@ def dissect(job: Job, clock: Clock):
     hooks, model = [], job.model
     after_head = "scores" if job.row.what == "inference" else "loss"
 
-    def mark(now, later, tensors, ends=False): return _Mark.apply(clock, now, later, ends, *tensors)
+    def mark(now, later, tensors, ends=False):
+        return _Mark.apply(clock, now, later, ends, *tensors)
 
     def around(module, name, before, after):
         "Time of a module forward and backward; `before` and `after` are the parts around it."
         def enter(m, args):
             maps, rest = args[0], args[1:]
             one = isinstance(maps, torch.Tensor)
-            if name == "head" and rest and rest[0] is not None: rest = (*mark(name, "rein_g", rest[:1]), *rest[1:])  # first, so that its gradient comes last
+            if name == "head" and rest and rest[0] is not None:
+                rest = (*mark(name, "rein_g", rest[:1]), *rest[1:])  # first, so that its gradient comes last
             maps = mark(name, before, [maps] if one else maps)
             return (maps[0] if one else list(maps), *rest)
 
@@ -505,9 +601,12 @@ def dissect(job: Job, clock: Clock):
         hooks.extend([module.register_forward_pre_hook(enter), module.register_forward_hook(leave)])
 
     adapters, heads = job.modules()
-    for module in adapters: around(module, "rein_g", "backbone", "backbone")
-    for module in heads: around(module, "head", "backbone", after_head)
-    if job.stm is not None: around(job.stm, "stm", "other", "loss")
+    for module in adapters:
+        around(module, "rein_g", "backbone", "backbone")
+    for module in heads:
+        around(module, "head", "backbone", after_head)
+    if job.stm is not None:
+        around(job.stm, "stm", "other", "loss")
     patched = []
 
     def patch(owner, name, wrapper):
@@ -518,20 +617,28 @@ def dissect(job: Job, clock: Clock):
         def wrapper(function):
             def call(*args, **options):
                 clock.switch(part)
-                try: return function(*args, **options)
-                finally: clock.switch(then)
+                try:
+                    return function(*args, **options)
+                finally:
+                    clock.switch(then)
             return call
         return wrapper
 
-    if hasattr(model, "features"): patch(model, "features", timed("backbone", "other"))
-    for module in adapters: patch(module, "queries", timed("rein_g", "other"))
+    if hasattr(model, "features"):
+        patch(model, "features", timed("backbone", "other"))
+    for module in adapters:
+        patch(module, "queries", timed("rein_g", "other"))
     if job.path == "reference":
         patch((job.loss or model.loss).set_loss.matcher, "forward", timed("matching", "loss"))
-    else: patch(losses, "match", timed("matching", "loss"))
-    try: yield
+    else:
+        patch(losses, "match", timed("matching", "loss"))
+    try:
+        yield
     finally:
-        for hook in hooks: hook.remove()
-        for owner, name, was, own in reversed(patched): setattr(owner, name, was) if own else delattr(owner, name)
+        for hook in hooks:
+            hook.remove()
+        for owner, name, was, own in reversed(patched):
+            setattr(owner, name, was) if own else delattr(owner, name)
 
 
 def shares(job: Job, steps: int = 3) -> dict:
@@ -539,22 +646,27 @@ def shares(job: Job, steps: int = 3) -> dict:
     spent = dict.fromkeys(PARTS, 0.0)
     for _ in range(steps):
         clock = Clock(job.device)
-        with dissect(job, clock): job.run(clock.switch)
-        for part, seconds in clock.seconds().items(): spent[part] += seconds
+        with dissect(job, clock):
+            job.run(clock.switch)
+        for part, seconds in clock.seconds().items():
+            spent[part] += seconds
     return {part: s / sum(spent.values()) for part, s in spent.items() if s}
 
 # %% ../../nbs/59_bench.ipynb #c077f00d
 class _Held:
     def __init__(self, tensor, books):
         self.tensor, self.books, self.key = tensor.detach(), books, None
-        try: storage = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError): return  # packed weights are no activations
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):
+            return  # packed weights are no activations
         if storage.data_ptr() in books.ignored: return
         self.key = storage.data_ptr()
         books.take(self.key, storage.nbytes())
 
     def __del__(self):
-        if self.key is not None: self.books.give(self.key)
+        if self.key is not None:
+            self.books.give(self.key)
 
 
 class KeptForBackward:
@@ -573,7 +685,8 @@ class KeptForBackward:
 
     def give(self, key):
         count, size = self.live[key]
-        if count > 1: self.live[key] = count - 1, size
+        if count > 1:
+            self.live[key] = count - 1, size
         else:
             del self.live[key]
             self.now -= size
@@ -583,21 +696,26 @@ class KeptForBackward:
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error): self._hooks.__exit__(*error)
+    def __exit__(self, *error):
+        self._hooks.__exit__(*error)
 
 
 def kept_bytes(job: Job) -> KeptForBackward:
     "Of one step of a job."
     still = [*job.model.parameters(), *job.model.buffers(), *job.batch.values(), *job.features]
-    with KeptForBackward(still + (list(job.stm.parameters()) if job.stm is not None else [])) as kept: job.run()
+    with KeptForBackward(still + (list(job.stm.parameters()) if job.stm is not None else [])) as kept:
+        job.run()
     return kept
 
 
 def operations(job: Job) -> int | None:
-    "Floating-point operations of one step, counted by PyTorch's `FlopCounterMode`; None where the weights are packed, which it cannot see into."
+    """Floating-point operations of one step, counted by PyTorch's `FlopCounterMode`.
+
+    None where the weights are packed, which it cannot see into."""
     if job.row.hold in ("int8", "int4"): return None
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: job.run()
+    with FlopCounterMode(display=False) as counter:
+        job.run()
     return counter.get_total_flops()
 
 
@@ -640,14 +758,20 @@ class Sizes:
 
 
 def _compare(device, repeats, **ways):
-    "What a record says of two ways, by name: median `seconds`, in turns; the `bytes` kept for a backward; and, of ways that return tensors, the largest `difference` between them, as a share of the largest number (None: they return nothing)."
+    """What a record says of two ways, by name: median `seconds`, in turns; the `bytes` kept for a backward.
+
+    And, of ways that return tensors, the largest `difference` between them, as a share of the largest number (None:
+    they return nothing)."""
     times, kept, results = {name: [] for name in ways}, {}, []
     for name, way in ways.items():
-        with KeptForBackward() as books: results.append(way())
+        with KeptForBackward() as books:
+            results.append(way())
         kept[name] = books.peak
     for _ in range(repeats):
-        for name, way in ways.items(): times[name].append(_seconds(way, device))
-    return dict(seconds={name: statistics.median(t) for name, t in times.items()}, bytes=kept, difference=_difference(*results))
+        for name, way in ways.items():
+            times[name].append(_seconds(way, device))
+    return dict(seconds={name: statistics.median(t) for name, t in times.items()}, bytes=kept,
+        difference=_difference(*results))
 
 
 def _difference(one, other):
@@ -661,8 +785,10 @@ def _project_first(device, s: Sizes):
     conv = nn.Conv2d(s.channels, 256, 1, device=device)
     resize = partial(F.interpolate, mode="bilinear", align_corners=False)
     scales = (4, 2, .5)
-    return _compare(device, s.repeats, without=lambda: sum(conv(resize(m, scale_factor=k)).square().mean() for m, k in zip(maps, scales)).backward(),
-                    given=lambda: sum(resize(conv(m), scale_factor=k).square().mean() for m, k in zip(maps, scales)).backward())
+    return _compare(device, s.repeats, without=lambda: sum(conv(resize(m, scale_factor=k)).square().mean() for m,
+        k in zip(maps, scales)).backward(),
+                    given=lambda: sum(resize(conv(m), scale_factor=k).square().mean() for m,
+                    k in zip(maps, scales)).backward())
 
 
 def _no_early_gradient(device, s: Sizes):
@@ -680,7 +806,8 @@ def _predictions(device, s: Sizes, images):
     crop = side * 4
     labels = (torch.arange(crop, device=device) * s.classes // crop).expand(images, crop, crop)
     output = HeadOutput([torch.randn(images, 100, 20, device=device, requires_grad=True) for _ in range(s.predictions)],
-                        [torch.randn(images, 100, side, side, device=device, requires_grad=True) for _ in range(s.predictions)])
+                        [torch.randn(images, 100, side, side, device=device, requires_grad=True)
+                        for _ in range(s.predictions)])
     return output, targets_from_labels(labels, 19)
 
 
@@ -689,7 +816,8 @@ def _one_transfer(device, s: Sizes):
 
     def apart():
         for c, m in zip(output.class_logits, output.mask_logits):
-            for i, target in enumerate(targets): match(HeadOutput([c[i : i + 1]], [m[i : i + 1]]), [target], s.points)
+            for i, target in enumerate(targets):
+                match(HeadOutput([c[i : i + 1]], [m[i : i + 1]]), [target], s.points)
     return _compare(device, s.repeats, without=apart, given=lambda: match(output, targets, s.points))
 
 
@@ -699,10 +827,13 @@ def _sampled_points(device, s: Sizes):
 
     def loss(x, t):
         p = x.sigmoid()
-        return F.binary_cross_entropy_with_logits(x, t) + (1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)).mean()
+        return F.binary_cross_entropy_with_logits(x, t) + (
+            1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)).mean()
 
     def dense():
-        for m in output.mask_logits: loss(F.interpolate(m[:, rows], truth.shape[-2:], mode="bilinear", align_corners=False).flatten(2), truth.flatten(2)).backward()
+        for m in output.mask_logits:
+            loss(F.interpolate(m[:, rows], truth.shape[-2:], mode="bilinear", align_corners=False).flatten(2),
+                truth.flatten(2)).backward()
 
     def sampled():
         for m in output.mask_logits:
@@ -717,19 +848,24 @@ def _values_once(device, s: Sizes):
 
     def refine(forget):
         for layer in range(24):
-            if forget: adapter._memory.forget()
+            if forget:
+                adapter._memory.forget()
             adapter(x, layer)
     return _compare(device, s.repeats, without=partial(refine, True), given=partial(refine, False))
 
 
 def _one_teacher_pass(device, s: Sizes):
     o = Job(s.row_a, device=device).objective
-    views = [torch.rand(s.row_a.batch, 3, s.row_a.sizes["crop"], s.row_a.sizes["crop"], device=device) for _ in range(3)]
+    views = [torch.rand(s.row_a.batch, 3, s.row_a.sizes["crop"], s.row_a.sizes["crop"], device=device)
+        for _ in range(3)]
 
     def apart():
         run_teacher(o.segmenter, o.teacher, views[0])
-        for view in views[1:]: o.segmenter.features(view)  # the same weights still
-    with torch.no_grad(): return _compare(device, s.repeats, without=apart, given=lambda: run_teacher(o.segmenter, o.teacher, torch.cat(views), s.row_a.batch))
+        for view in views[1:]:
+            o.segmenter.features(view)  # the same weights still
+    with torch.no_grad():
+        return _compare(device, s.repeats, without=apart,
+            given=lambda: run_teacher(o.segmenter, o.teacher, torch.cat(views), s.row_a.batch))
 
 
 def _backward_per_branch(device, s: Sizes):
@@ -757,7 +893,8 @@ def _fused_attention(device, s: Sizes):
     job = Job(s.row_g, device=device)
 
     def switch(on):
-        for block in job.model.backbone.blocks: block.attn.fused_attn = on
+        for block in job.model.backbone.blocks:
+            block.attn.fused_attn = on
     return _compare(device, s.repeats, **_switched(job, switch))
 
 
@@ -771,7 +908,8 @@ def _masked_attention(device, s: Sizes):
         return [out := weights @ v, *torch.autograd.grad(out.square().sum(), [q, k, v])]
 
     def fused():
-        return [out := F.scaled_dot_product_attention(q, k, v, attn_mask=allowed), *torch.autograd.grad(out.square().sum(), [q, k, v])]
+        return [out := F.scaled_dot_product_attention(q, k, v, attn_mask=allowed),
+            *torch.autograd.grad(out.square().sum(), [q, k, v])]
     return _compare(device, s.repeats, without=plain, given=fused)
 
 
@@ -783,32 +921,40 @@ def _checkpointing(device, s: Sizes):
 def _compiled_blocks(device, s: Sizes):
     plain, compiled = Job(s.row_g, device=device), Job(s.row_g, device=device)
     compiled.model.compile_blocks()
-    try: return _compare(device, s.repeats, without=partial(_through_the_backbone, plain), given=partial(_through_the_backbone, compiled))
-    except torch._dynamo.exc.BackendCompilerFailed as error: raise ValueError(f"torch.compile does not work here: {error}") from error
+    try:
+        return _compare(device, s.repeats, without=partial(_through_the_backbone, plain),
+            given=partial(_through_the_backbone, compiled))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise ValueError(f"torch.compile does not work here: {error}") from error
 
 
 def _no_graph(device, s: Sizes):
     job = Job(s.row_g, device=device)
 
     def way(record):
-        with torch.set_grad_enabled(record): return [m.detach() for m in job.model.features(job.batch["image"])]
+        with torch.set_grad_enabled(record):
+            return [m.detach() for m in job.model.features(job.batch["image"])]
     return _compare(device, s.repeats, without=partial(way, True), given=partial(way, False))
 
 
 @torch.no_grad()
 def _cuda_graphs(device, s: Sizes):
-    if device.type != "cuda": raise ValueError("needs an NVIDIA GPU")
+    if device.type != "cuda":
+        raise ValueError("needs an NVIDIA GPU")
     job = Job(s.row_g, device=device)
     images = job.batch["image"].clone()
     job.model.eval()
-    plain = lambda: job.model.features(images)
+    def plain():
+        return job.model.features(images)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(3): plain()  # tables and Rein-G's kept values are there before the capture
+        for _ in range(3):
+            plain()  # tables and Rein-G's kept values are there before the capture
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): maps = plain()
+    with torch.cuda.graph(graph):
+        maps = plain()
 
     def replay():
         graph.replay()
@@ -817,56 +963,80 @@ def _cuda_graphs(device, s: Sizes):
 
 
 def _held(device, s: Sizes, hold):
-    made = {name: held_bytes(create_segmenter(**PRESETS[s.row_g.preset].model | dict(pretrained=False) | s.row_g.model | dict(backbone_args=dict(s.row_g.model.get("backbone_args", {}), hold=h))).backbone)
+    made = {name: held_bytes(create_segmenter(**PRESETS[s.row_g.preset].model | dict(pretrained=False) | s.row_g.model
+        | dict(backbone_args=dict(s.row_g.model.get("backbone_args", {}), hold=h))).backbone)
             for name, h in (("without", "fp32"), ("given", hold))}
     return dict(bytes=made)
 
 
 LEVERS = {  # name -> (measurement or None, what is compared)
     "1x1 projection before upsampling": (_project_first, "three of the pyramid's maps, forward and backward"),
-    "no gradient before the first refinement": (_no_early_gradient, "a Rein-G step, against one in which the image wants a gradient; grows with 1 / depth"),
-    "one copy to the host for all matching": (_one_transfer, "against one for each prediction and image; on a CPU nothing is copied, what is left is fewer calls"),
+    "no gradient before the first refinement": (_no_early_gradient,
+    "a Rein-G step, against one in which the image wants a gradient; grows with 1 / depth"),
+    "one copy to the host for all matching": (_one_transfer,
+    "against one for each prediction and image; on a CPU nothing is copied, what is left is fewer calls"),
     "losses on sampled points": (_sampled_points, "BCE and dice of matched masks, against every pixel of the crop"),
-    "T and T W_T once": (_values_once, "refinement of a ViT-L's 24 layers without gradient, kept against computed anew; in training each layer needs them once a pass anyway"),
-    "teacher's three views in one pass": (_one_teacher_pass, "features of three views and predictions for one, against three passes"),
-    "backward per branch": (_backward_per_branch, "bytes of a Rein-A step's graphs: one backward at the end would keep all, now one branch is alive at a time"),
+    "T and T W_T once": (_values_once,
+    "refinement of a ViT-L's 24 layers without gradient, kept against computed anew; in training each layer needs "
+    "them once a pass anyway"),
+    "teacher's three views in one pass": (_one_teacher_pass,
+    "features of three views and predictions for one, against three passes"),
+    "backward per branch": (_backward_per_branch,
+    "bytes of a Rein-A step's graphs: one backward at the end would keep all, now one branch is alive at a time"),
     "frozen weights held in bf16": (partial(_held, hold="bf16"), "bytes of the backbone's weights"),
     "frozen weights held in int8": (partial(_held, hold="int8"), "bytes of the backbone's weights"),
     "frozen weights held in int4": (partial(_held, hold="int4"), "bytes of the backbone's weights"),
     "bf16 arithmetic": (None, "the rows `ours bf16` and `ours float32` above"),
-    "fused attention": (_fused_attention, "features of a Rein-G step, forward and backward; against attention written out"),
-    "masked attention through a fused kernel": (_masked_attention, "100 queries on the finest level, forward and backward, 30 % of its cells open; against softmax written out"),
-    "gradient checkpointing per block": (_checkpointing, "features of a Rein-G step, forward and backward; costs time and saves memory: off unless `segmenter.backbone.set_grad_checkpointing()`"),
-    "torch.compile of the frozen blocks": (_compiled_blocks, "features of a Rein-G step, forward and backward, once compiled; off unless `segmenter.compile_blocks()`, since compiling takes a minute"),
-    "teacher without a graph": (_no_graph, "features of a batch; inference mode, a little leaner still, is not possible: STM learns from the teacher's features"),
+    "fused attention": (
+    _fused_attention, "features of a Rein-G step, forward and backward; against attention written out"),
+    "masked attention through a fused kernel": (_masked_attention,
+    "100 queries on the finest level, forward and backward, 30 % of its cells open; against softmax written out"),
+    "gradient checkpointing per block": (_checkpointing,
+    "features of a Rein-G step, forward and backward; costs time and saves memory: off unless "
+    "`segmenter.backbone.set_grad_checkpointing()`"),
+    "torch.compile of the frozen blocks": (_compiled_blocks,
+    "features of a Rein-G step, forward and backward, once compiled; off unless `segmenter.compile_blocks()`, since "
+    "compiling takes a minute"),
+    "teacher without a graph": (_no_graph,
+    "features of a batch; inference mode, a little leaner still, is not possible: STM learns from the teacher's "
+    "features"),
     "CUDA graphs": (_cuda_graphs, "features of a batch without gradient: the launches of all kernels as one"),
 }
 
 
 def measure_levers(device: torch.device, sizes: Sizes = Sizes()) -> list[dict]:
-    "One record for each of `LEVERS`: seconds and kept bytes without and with it, and by how much the results differ where both ways give one; or in words why not."
+    """One record for each of `LEVERS`.
+
+    Seconds and kept bytes without and with it, and by how much the results differ where both ways give one; or in words
+    why not."""
     found = []
     for name, (measure, note) in LEVERS.items():
         record = dict(lever=name, note=note)
         if measure is None:
-            if device.type != "cuda": record["skipped"] = "needs an NVIDIA GPU"
+            if device.type != "cuda":
+                record["skipped"] = "needs an NVIDIA GPU"
         else:
-            try: record |= measure(device, sizes)
-            except (ImportError, ValueError) as error: record["skipped"] = str(error).splitlines()[0][:160]
+            try:
+                record |= measure(device, sizes)
+            except (ImportError, ValueError) as error:
+                record["skipped"] = str(error).splitlines()[0][:160]
         found.append(record)
     return found
 
 # %% ../../nbs/59_bench.ipynb #21d0b3be
 def data_seconds(row: Row, repeats: int = 5) -> float | None:
-    "Seconds to augment one batch in one process, from images in memory (128 x 256 for the small presets, 1052 x 1914 for the paper's): reading a file is not in it. None for rows without data."
+    """Seconds to augment one batch in one process, from images in memory (128 x 256 for the small presets, 1052 x 1914
+    for the paper's): reading a file is not in it. None for rows without data."""
     if row.what in ("head", "inference"): return None
     height, width = (1052, 1914) if row.preset == "paper" else (128, 256)
     d = row.sizes
-    transform = TrainTransform(crop=d["crop"], base=d["base"], scales=d["scales"], max_long=d["max_long"], min_class_pixels=d["min_class_pixels"])
+    transform = TrainTransform(crop=d["crop"], base=d["base"], scales=d["scales"], max_long=d["max_long"],
+        min_class_pixels=d["min_class_pixels"])
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     label = (torch.arange(width) * 12 // width).expand(height, width).to(torch.uint8)
     cpu = torch.device("cpu")
-    return statistics.median(_seconds(lambda: transform(image, label), cpu) for _ in range(repeats)) * row.batch * (2 if row.what == "rein_a" else 1)
+    return statistics.median(_seconds(lambda: transform(image, label), cpu) for _ in range(repeats)) * row.batch * (2
+        if row.what == "rein_a" else 1)
 
 
 def measure(
@@ -877,43 +1047,58 @@ def measure(
     warmup: int = 2,
     reference: bool = True,  # False: ours alone (transformers is not needed then)
 ) -> list[dict]:
-    "Records of a row, one for each path. On a CPU the paths take turns, step by step; on a GPU they come one after the other, so that each has the memory for itself."
+    """Records of a row, one for each path.
+
+    On a CPU the paths take turns, step by step; on a GPU they come one after the other, so that each has the memory for
+    itself."""
     cuda, paths = device.type == "cuda", [p for p in row.paths(device) if reference or p[0] == "ours"]
     if row.gpu and not cuda: return [dict(row=name, skipped="needs an NVIDIA GPU")]
-    about = lambda path, precision: dict(row=name, what=row.what, path=path, precision=precision, batch=row.batch, crop=row.sizes["crop"], hold=row.hold)
+    def about(path, precision):
+        return dict(row=name, what=row.what, path=path, precision=precision, batch=row.batch, crop=row.sizes["crop"],
+            hold=row.hold)
     records = []
     for group in [[p] for p in paths] if cuda else [paths]:
-        try: records += _measure_jobs([(about(*p), Job(row, *p, device)) for p in group], steps, warmup, device)
-        except torch.OutOfMemoryError: records += [about(*p) | dict(skipped="out of memory") for p in group]
+        try:
+            records += _measure_jobs([(about(*p), Job(row, *p, device)) for p in group], steps, warmup, device)
+        except torch.OutOfMemoryError:
+            records += [about(*p) | dict(skipped="out of memory") for p in group]
         except (ValueError, ImportError) as error:
-            if row.hold not in ("int8", "int4"): raise
-            records += [about(*p) | dict(skipped=str(error).splitlines()[0][:160]) for p in group]  # packing does not work here
-        if cuda: torch.cuda.empty_cache()
+            if row.hold not in ("int8", "int4"):
+                raise
+            # packing does not work here
+            records += [about(*p) | dict(skipped=str(error).splitlines()[0][:160]) for p in group]
+        if cuda:
+            torch.cuda.empty_cache()
     wait = data_seconds(row)
     return [r | dict(data_seconds=wait) for r in records]
 
 
 def _measure_jobs(jobs, steps, warmup, device):
     cuda, times = device.type == "cuda", [[] for _ in jobs]
-    if cuda: torch.cuda.reset_peak_memory_stats()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     first = [job.run() for _, job in jobs]
     for i in range(1, warmup + steps):
         for (_, job), seconds in zip(jobs, times):
             t = _seconds(job.run, device)
-            if i >= warmup: seconds.append(t)
+            if i >= warmup:
+                seconds.append(t)
     peak = torch.cuda.max_memory_allocated() if cuda else None  # before the counting, which takes memory of its own
     records = []
     for (about, job), seconds, loss in zip(jobs, times, first):
         median, kept = statistics.median(seconds), None if about["what"] == "inference" else kept_bytes(job)
         records.append(about | dict(
-            seconds=median, fastest=min(seconds), slowest=max(seconds), steps=steps, images_per_second=about["batch"] * (2 if about["what"] == "rein_a" else 1) / median,
-            peak_memory=peak, kept_bytes=kept and kept.peak, operations=operations(job), shares=shares(job), parameters=sum(p.numel() for p in job.trained()),
+            seconds=median, fastest=min(seconds), slowest=max(seconds), steps=steps,
+            images_per_second=about["batch"] * (2 if about["what"] == "rein_a" else 1) / median,
+            peak_memory=peak, kept_bytes=kept and kept.peak, operations=operations(job), shares=shares(job),
+            parameters=sum(p.numel() for p in job.trained()),
             loss=None if loss is None else float(loss)))
     return records
 
 
 def bench(
-    rows: list | None = None,  # keys of `ROWS`; None: all (those that need a GPU are skipped by name where there is none)
+    # keys of `ROWS`; None: all (those that need a GPU are skipped by name where there is none)
+    rows: list | None = None,
     steps: int = 10,  # timed steps of each path
     warmup: int = 2,  # steps before that
     levers: bool = True,  # measure `LEVERS` too
@@ -922,38 +1107,53 @@ def bench(
     sizes: Sizes = Sizes(),  # of the levers
     known: dict = ROWS,  # what `rows` may name
 ) -> dict:  # the record
-    "Measure, row by row, saying what comes. Raises `ValueError` for unknown rows and bad counts, `ImportError` without transformers (unless `reference=False`)."
-    if isinstance(rows, str) or not (rows is None or hasattr(rows, "__iter__")): raise ValueError(f"rows={rows!r} is not a list: write -y 'rows: [head_512]'")
+    """Measure, row by row, saying what comes.
+
+    Raises `ValueError` for unknown rows and bad counts, `ImportError` without transformers (unless `reference=False`).
+    """
+    if isinstance(rows, str) or not (rows is None or hasattr(rows, "__iter__")):
+        raise ValueError(f"rows={rows!r} is not a list: write -y 'rows: [head_512]'")
     unknown = [r for r in rows or () if r not in known]
-    if unknown: raise ValueError(f"rows: {unknown[0]!r} is unknown: use {', '.join(known)}")
+    if unknown:
+        raise ValueError(f"rows: {unknown[0]!r} is unknown: use {', '.join(known)}")
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name}={value!r}: use a whole number from {least} up")
-    if reference: _hugging_face()
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}: use a whole number from {least} up")
+    if reference:
+        _hugging_face()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     made_by, records, random = commit(), [], torch.random.get_rng_state()
     try:
         for name in known if rows is None else rows:
             found = measure(name, known[name], device, steps, warmup, reference)
             records += found
-            for r in found: print(f"{name}: " + (f"skipped, {r['skipped']}" if "skipped" in r else f"{r['path']} {r['precision']} {r['seconds']:.3f} s a step"), flush=True)
+            for r in found:
+                print(f"{name}: " + (f"skipped, {r['skipped']}" if "skipped" in r
+                    else f"{r['path']} {r['precision']} {r['seconds']:.3f} s a step"), flush=True)
         peaks = {p: peak_speed(device, p) for p in sorted({r["precision"] for r in records if "seconds" in r})}
         for r in records:
-            if r.get("operations"): r["share_of_peak"] = r["operations"] / r["seconds"] / peaks[r["precision"]]
+            if r.get("operations"):
+                r["share_of_peak"] = r["operations"] / r["seconds"] / peaks[r["precision"]]
         found = measure_levers(device, sizes) if levers else []
-    finally: torch.random.set_rng_state(random)
+    finally:
+        torch.random.set_rng_state(random)
     made = versions()
     if reference:
         import transformers
         made["transformers"] = transformers.__version__
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return dict(kind="bench", device=about, device_type=device.type, threads=torch.get_num_threads(), commit=made_by, versions=made, date=time.strftime("%Y-%m-%d"), peak_speed=peaks, rows=records, levers=found)
+    return dict(kind="bench", device=about, device_type=device.type, threads=torch.get_num_threads(), commit=made_by,
+        versions=made, date=time.strftime("%Y-%m-%d"), peak_speed=peaks, rows=records, levers=found)
 
 
 def _cpu_name():
     "As the operating system calls it."
     import platform
-    try: return next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration): return f"CPU ({platform.machine()})"
+    try:
+        return next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return f"CPU ({platform.machine()})"
 
 
 def save(
@@ -963,7 +1163,8 @@ def save(
     "Write a record, whole or not at all; one file for a device, a number of threads and a day."
     folder = Path(folder) if folder else data_folder() / "results" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{record['device']} {record['threads']} threads {record['date']}".lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{record['device']} {record['threads']} threads {record['date']}".lower()).strip(
+        "-")
     write_atomically(folder / f"{slug}.json", (json.dumps(record, indent=1) + "\n").encode())
     return folder / f"{slug}.json"
 
@@ -980,24 +1181,34 @@ def records(
 def table(record: dict):
     "The measured rows as a pandas table; `skipped` names the others."
     import pandas as pd
-    mega = lambda v: None if v is None else round(v / 1e6, 1)
+    def mega(v):
+        return None if v is None else round(v / 1e6, 1)
     lines = []
     for r in record["rows"]:
-        if "skipped" not in r: lines.append({
-            "row": r["row"], "path": r["path"], "precision": r["precision"], "batch": r["batch"], "held": r.get("hold", ""), "s a step": round(r["seconds"], 4), "fastest": round(r["fastest"], 4), "slowest": round(r["slowest"], 4), "images/s": round(r["images_per_second"], 2),
-            "peak memory, MB": "not measured" if r["peak_memory"] is None else mega(r["peak_memory"]), "kept for backward, MB": mega(r["kept_bytes"]),
-            "GFLOP": None if r["operations"] is None else round(r["operations"] / 1e9, 1), "% of peak": round(100 * r["share_of_peak"], 1) if "share_of_peak" in r else None,
-            **{f"% {part}": round(100 * share) for part, share in r["shares"].items()}, "data, s": None if r["data_seconds"] is None else round(r["data_seconds"], 4),
-            "loss": None if r["loss"] is None else round(r["loss"], 2)})
-    return pd.DataFrame(lines, columns=None if lines else ["row", "path", "precision"]).set_index(["row", "path", "precision"]).pipe(lambda t: t.astype(object).where(t.notna(), ""))
+        if "skipped" not in r:
+            lines.append({
+                "row": r["row"], "path": r["path"], "precision": r["precision"], "batch": r["batch"],
+                "held": r.get("hold", ""), "s a step": round(r["seconds"], 4), "fastest": round(r["fastest"], 4),
+                "slowest": round(r["slowest"], 4), "images/s": round(r["images_per_second"], 2),
+                "peak memory, MB": "not measured" if r["peak_memory"] is None else mega(r["peak_memory"]),
+                "kept for backward, MB": mega(r["kept_bytes"]),
+                "GFLOP": None if r["operations"] is None else round(r["operations"] / 1e9, 1),
+                "% of peak": round(100 * r["share_of_peak"], 1) if "share_of_peak" in r else None,
+                **{f"% {part}": round(100 * share) for part, share in r["shares"].items()}, "data, s": None
+                if r["data_seconds"] is None else round(r["data_seconds"], 4),
+                "loss": None if r["loss"] is None else round(r["loss"], 2)})
+    return pd.DataFrame(lines, columns=None if lines else ["row", "path", "precision"]).set_index(
+        ["row", "path", "precision"]).pipe(lambda t: t.astype(object).where(t.notna(), ""))
 
 
 def skipped(record: dict) -> str:
     "One line for each reason, with the rows and levers that were not measured for it."
     reasons = {}
     for r in (*record["rows"], *record["levers"]):
-        if "skipped" in r: reasons.setdefault(r["skipped"], []).append(r.get("row") or r["lever"])
-    return "\n".join(f"not measured, {reason}: {', '.join(names)}" for reason, names in reasons.items()) or "all rows were measured"
+        if "skipped" in r:
+            reasons.setdefault(r["skipped"], []).append(r.get("row") or r["lever"])
+    return "\n".join(f"not measured, {reason}: {', '.join(names)}" for reason,
+        names in reasons.items()) or "all rows were measured"
 
 
 def ratios(record: dict):
@@ -1006,23 +1217,32 @@ def ratios(record: dict):
     lines, measured = [], [r for r in record["rows"] if "seconds" in r]
     for ours in (r for r in measured if r["path"] == "ours"):
         for other in (r for r in measured if r["row"] == ours["row"] and r["path"] == "reference"):
-            over = lambda key: round(other[key] / ours[key], 2) if other.get(key) and ours.get(key) else ""
-            lines.append({"row": ours["row"], "ours": ours["precision"], "reference": other["precision"], "time": over("seconds"), "fastest step": over("fastest"),
-                          "peak memory": over("peak_memory"), "kept for backward": over("kept_bytes"), "operations": over("operations")})
-    return pd.DataFrame(lines, columns=["row", "ours", "reference", "time", "fastest step", "peak memory", "kept for backward", "operations"]).set_index("row")
+            def over(key):
+                return round(other[key] / ours[key], 2) if other.get(key) and ours.get(key) else ""
+            lines.append({"row": ours["row"], "ours": ours["precision"], "reference": other["precision"],
+                "time": over("seconds"), "fastest step": over("fastest"),
+                          "peak memory": over("peak_memory"), "kept for backward": over("kept_bytes"),
+                          "operations": over("operations")})
+    return pd.DataFrame(lines, columns=["row", "ours", "reference", "time", "fastest step", "peak memory",
+        "kept for backward", "operations"]).set_index("row")
 
 
 def levers_table(record: dict):
     "What each lever gives: without it / with it."
     import pandas as pd
-    times = lambda pair: f"{pair['without'] / pair['given']:.2f}x" if pair and pair["given"] and pair["without"] else ""
-    mega = lambda pair: f"{pair['without'] / 1e6:.1f} → {pair['given'] / 1e6:.1f}" if pair and pair["without"] else ""
-    lines = [{"lever": r["lever"], "time without / with": times(r.get("seconds")), "bytes without / with": times(r.get("bytes")), "MB": mega(r.get("bytes")),
-              "largest difference": "" if r.get("difference") is None else f"{r['difference']:.0e}" if r["difference"] else "0", "note": r["note"]} for r in record["levers"] if "skipped" not in r]
+    def times(pair):
+        return f"{pair['without'] / pair['given']:.2f}x" if pair and pair["given"] and pair["without"] else ""
+    def mega(pair):
+        return f"{pair['without'] / 1e6:.1f} → {pair['given'] / 1e6:.1f}" if pair and pair["without"] else ""
+    lines = [{"lever": r["lever"], "time without / with": times(r.get("seconds")),
+        "bytes without / with": times(r.get("bytes")), "MB": mega(r.get("bytes")),
+              "largest difference": "" if r.get("difference") is None else f"{r['difference']:.0e}" if r["difference"]
+              else "0", "note": r["note"]} for r in record["levers"] if "skipped" not in r]
     return pd.DataFrame(lines, columns=None if lines else ["lever"]).set_index("lever")
 
 
-COLORS = dict(zip(PARTS, ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#edc948", "#9c755f", "#bab0ac")))
+COLORS = dict(
+    zip(PARTS, ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#edc948", "#9c755f", "#bab0ac")))
 
 
 def chart(record: dict):
@@ -1031,7 +1251,8 @@ def chart(record: dict):
     measured = [r for r in record["rows"] if "seconds" in r]
     names = list(dict.fromkeys(r["row"] for r in measured))
     counts = [sum(r["row"] == n for r in measured) for n in names]
-    figure, axes = plt.subplots(len(names), 1, figsize=(8, .6 + sum(.32 * c + .55 for c in counts)), squeeze=False, layout="constrained", gridspec_kw=dict(height_ratios=[c + 1 for c in counts]), dpi=80)
+    figure, axes = plt.subplots(len(names), 1, figsize=(8, .6 + sum(.32 * c + .55 for c in counts)), squeeze=False,
+        layout="constrained", gridspec_kw=dict(height_ratios=[c + 1 for c in counts]), dpi=80)
     for ax, name in zip(axes[:, 0], names):
         for y, r in enumerate(m for m in measured if m["row"] == name):
             left = 0
@@ -1046,7 +1267,9 @@ def chart(record: dict):
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("seconds a step", fontsize=8)
     shown = [p for p in PARTS if any(p in r["shares"] for r in measured)]
-    figure.legend([plt.Rectangle((0, 0), 1, 1, color=COLORS[p]) for p in shown], [p.replace("rein_g", "Rein-G").replace("stm", "STM") for p in shown], loc="outside upper center", ncols=len(shown), fontsize=8, frameon=False)
+    figure.legend([plt.Rectangle((0, 0), 1, 1, color=COLORS[p]) for p in shown],
+        [p.replace("rein_g", "Rein-G").replace("stm", "STM") for p in shown], loc="outside upper center",
+        ncols=len(shown), fontsize=8, frameon=False)
     return figure
 
 
@@ -1054,17 +1277,24 @@ _PAPER_ROWS = {(7, "Full"): "full", (7, "Rein-G"): "rein_g", (12, "Rein-A"): "re
 
 
 def paper_costs(record: dict):
-    "The paper's Tables VII and XII (an A100 with 40 GB) with the seconds a step that their hours mean (40,000 iterations), and what this record has for the same row. Full in Table XII is an adaptation of all weights, which no row is."
+    """The paper's Tables VII and XII (an A100 with 40 GB) with the seconds a step that their hours mean (40,000
+    iterations), and what this record has for the same row. Full in Table XII is an adaptation of all weights, which
+    no row is."""
     import pandas as pd
+
     from reinpp.paper.report import paper_table
     lines = []
     for number in (7, 12):
         for _, r in paper_table(number).iterrows():
             backbone = {"DINOv2 (Large)": "dinov2_large", "DINOv2 (Giant)": "dinov2_giant"}[r.backbone]
             name, hours = f"{backbone}_{_PAPER_ROWS.get((number, r.method))}", r["Training Time (h)"]
-            ours = [m for m in record["rows"] if m["row"] == name and m.get("path") == "ours" and "seconds" in m and m["batch"] == int(r["Batch Size"])]
-            lines.append({"table": number, "backbone": r.backbone, "method": r.method, "batch": r["Batch Size"], "paper, h": hours, "paper, s a step": "" if hours == "N/A" else round(3600 * float(hours) / 40_000, 2), "paper, GB": r["GPU Memory (GB)"],
-                          "here": "; ".join(f"{m['precision']} {m['seconds']:.2f} s, {m['peak_memory'] / 1e9:.1f} GB" for m in ours) or ("not measured here" if name in ROWS else "not a row of this page")})
+            ours = [m for m in record["rows"] if m["row"] == name and m.get("path") == "ours" and "seconds" in m
+                and m["batch"] == int(r["Batch Size"])]
+            lines.append({"table": number, "backbone": r.backbone, "method": r.method, "batch": r["Batch Size"],
+                "paper, h": hours, "paper, s a step": "" if hours == "N/A" else round(3600 * float(hours) / 40_000, 2),
+                "paper, GB": r["GPU Memory (GB)"],
+                          "here": "; ".join(f"{m['precision']} {m['seconds']:.2f} s, {m['peak_memory'] / 1e9:.1f} GB"
+                          for m in ours) or ("not measured here" if name in ROWS else "not a row of this page")})
     return pd.DataFrame(lines).set_index(["table", "backbone", "method", "batch"])
 
 # %% ../../nbs/59_bench.ipynb #a9718bb0
@@ -1072,26 +1302,33 @@ def beside_table(
     number: int,  # 7 or 12
     folder: str | Path | None = None,  # of the records; None: data/results/bench
 ):
-    "The rows of Table VII or XII beside the records of this page, as a pandas table: one block for each device. None where nothing was recorded."
+    """The rows of Table VII or XII beside the records of this page, as a pandas table: one block for each device.
+
+    None where nothing was recorded."""
     import pandas as pd
     blocks = {_measured_on(r): paper_costs(r).loc[number] for r in records(folder)}
     return pd.concat(blocks, names=["measured on"]) if blocks else None
 
 
-def _measured_on(record): return ", ".join([record["device"]] + [f"{record['threads']} threads"] * (record["device_type"] == "cpu") + [record["date"]])
+def _measured_on(record):
+    return ", ".join([record["device"]] + [f"{record['threads']} threads"] * (record["device_type"] == "cpu")
+        + [record["date"]])
 
 
 def beside_ratios(
     folder: str | Path | None = None,  # of the records; None: data/results/bench
     what: tuple = ("rein_g", "full"),  # kinds of rows, see `Row`
 ):
-    "How many times as long, and as much memory, the reference path takes in the recorded rows of a kind, by device. None where nothing was recorded."
+    """How many times as long, and as much memory, the reference path takes in the recorded rows of a kind, by device.
+
+    None where nothing was recorded."""
     import pandas as pd
     blocks = {}
     for r in records(folder):
         names = {line["row"] for line in r["rows"] if line.get("what") in what}
         found = ratios(r)
-        if len(found := found[found.index.isin(names)]): blocks[_measured_on(r)] = found
+        if len(found := found[found.index.isin(names)]):
+            blocks[_measured_on(r)] = found
     return pd.concat(blocks, names=["measured on"]) if blocks else None
 
 # %% ../../nbs/59_bench.ipynb #ff565bf5
@@ -1099,8 +1336,10 @@ def main(
     arguments: list | None = None,  # None: the command line's
 ) -> dict:
     "`python -m reinpp.paper.bench --rows '[\"head_512\"]'`: measure, print the tables, write the record."
-    parser = argparse.ArgumentParser(prog="python -m reinpp.paper.bench", description="Speed and memory of a step, ours beside the plain composition.")
-    parser.add_argument("--rows", type=json.loads, default=None, help=f"a JSON list; the default is all of {', '.join(ROWS)}")
+    parser = argparse.ArgumentParser(prog="python -m reinpp.paper.bench",
+        description="Speed and memory of a step, ours beside the plain composition.")
+    parser.add_argument("--rows", type=json.loads, default=None,
+        help=f"a JSON list; the default is all of {', '.join(ROWS)}")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each path")
     parser.add_argument("--warmup", type=int, default=2, help="steps before that")
     parser.add_argument("--device", default=None, help="cpu or cuda; the default is the GPU if there is one")
@@ -1109,12 +1348,17 @@ def main(
     parser.add_argument("--no-reference", action="store_true", help="ours only; transformers is not needed then")
     parser.add_argument("--out", default=None, help="folder of the record; the default is data/results/bench")
     a = parser.parse_args(arguments)
-    if a.threads: torch.set_num_threads(a.threads)
-    try: record = bench(a.rows, a.steps, a.warmup, not a.no_levers, not a.no_reference, a.device)
-    except (ValueError, ImportError) as error: parser.error(str(error))
-    print(table(record).to_string(), ratios(record).to_string(), levers_table(record).to_string(), skipped(record), sep="\n\n")
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    try:
+        record = bench(a.rows, a.steps, a.warmup, not a.no_levers, not a.no_reference, a.device)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    print(table(record).to_string(), ratios(record).to_string(), levers_table(record).to_string(), skipped(record),
+        sep="\n\n")
     print("written", os.path.relpath(save(record, a.out)))
     return record
 
 
-if __name__ == "__main__" and globals().get("__package__") == "reinpp": main()  # python -m, not a notebook
+if __name__ == "__main__" and globals().get("__package__") == "reinpp":
+    main()  # python -m, not a notebook

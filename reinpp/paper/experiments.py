@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from ..data.catalog import open_dataset
-from ..data.datasets import concat, Dataset
+from ..data.datasets import Dataset, concat
 from ..files import data_folder, write_atomically
 
 # %% ../../nbs/50_experiments.ipynb #e56e3354
@@ -35,13 +35,15 @@ class Experiment:
     adaptation: dict | None  # arguments of `ReinA`, the STM and the proposals (rein_a)
     window: int | None  # of evaluation, pixels
     stride: int | None
-    size: tuple | str | None  # (height, width) that images are resized to before prediction; "protocol": each set's own window, stride and size
+    # (height, width) that images are resized to before prediction; "protocol": each set's own window, stride and size
+    size: tuple | str | None
     start: "Experiment | None" = None  # whose adapter and head it starts from
 
     def config(self) -> dict:
         "Plain values; `start` is named by its training key."
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "start"}
-        return json.loads(json.dumps(plain | dict(start=self.start.training_key if self.start else None, method_version=METHOD_VERSION)))
+        return json.loads(json.dumps(
+            plain | dict(start=self.start.training_key if self.start else None, method_version=METHOD_VERSION)))
 
     @property
     def key(self) -> str:
@@ -53,14 +55,18 @@ class Experiment:
         "The hash of what decides about the weights, so of all but the evaluation: names the adapter."
         return _hash({k: v for k, v in self.config().items() if k not in ("evaluate_on", "window", "stride", "size")})
 
-    def __str__(self): return f"{self.method} {self.source}" + (f" -> {self.target}" if self.target else "") + f" (seed {self.seed}, {self.training['iterations']} iterations)"
+    def __str__(self):
+        return f"{self.method} {self.source}" + (f" -> {self.target}" if self.target
+            else "") + f" (seed {self.seed}, {self.training['iterations']} iterations)"
 
 
-def _hash(config: dict) -> str: return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+def _hash(config: dict) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def open_domain(
-    domain: str,  # `dataset:split`; of the embedded scenes also the first n only, `scenes:night/val[:40]`; several joined by `+`
+    # `dataset:split`; of the embedded scenes also the first n only, `scenes:night/val[:40]`; several joined by `+`
+    domain: str,
     data_root: str | Path | None = None,  # folder that holds the datasets; None: `data/`
     labels: bool = True,
 ) -> Dataset:
@@ -86,19 +92,26 @@ class Preset:
     window: int
     stride: int
     size: tuple | str | None
-    settings: dict = dataclasses.field(default_factory=dict)  # other sources: name -> changes to source, source_val, targets
-    rivals: dict = dataclasses.field(default_factory=dict)  # method -> arguments of the adapter where the default does not fit
+    # other sources: name -> changes to source, source_val, targets
+    settings: dict = dataclasses.field(default_factory=dict)
+    # method -> arguments of the adapter where the default does not fit
+    rivals: dict = dataclasses.field(default_factory=dict)
     note: str = ""
 
 
-_TINY_MODEL = dict(backbone="tiny", num_classes=19, image_size=128, adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
-                   head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128, decoder_ffn=256))
-_TINY_DATA = dict(crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True, num_points=768)
-_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16, mask_ratio=0.5, stm_warmup=100, alpha=0.5, beta=0.1,
+_TINY_MODEL = dict(backbone="tiny", num_classes=19, image_size=128,
+    adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
+                   head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128,
+                   decoder_ffn=256))
+_TINY_DATA = dict(crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True,
+    num_points=768)
+_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16,
+    mask_ratio=0.5, stm_warmup=100, alpha=0.5, beta=0.1,
                         stm=dict(from_head=True, decoder_layers=2))
 _NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head"
 
-_PAPER_TARGETS = dict(citys=("cityscapes:train", "cityscapes:val"), bdd=("bdd100k:train", "bdd100k:val"), map=("mapillary:train", "mapillary:val"))
+_PAPER_TARGETS = dict(citys=("cityscapes:train", "cityscapes:val"), bdd=("bdd100k:train", "bdd100k:val"),
+    map=("mapillary:train", "mapillary:val"))
 
 PRESETS = {
     "tiny": Preset(
@@ -107,25 +120,30 @@ PRESETS = {
         model=_TINY_MODEL, data=_TINY_DATA,
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
         adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION, window=128, stride=85, size=None, rivals=dict(vpt=dict(num_tokens=32)), note=_NOTE),
+        adaptation=_TINY_ADAPTATION, window=128, stride=85, size=None, rivals=dict(vpt=dict(num_tokens=32)),
+        note=_NOTE),
     "camvid": Preset(
         "camvid", source="camvid:day_train", source_val="camvid:day_val",
         targets={"dusk": ("camvid:dusk_train", "camvid:dusk_train")},
         model=_TINY_MODEL, data=_TINY_DATA | dict(base=180, scales=tuple(range(7, 15))),
         training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
         adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION | dict(engine="classical", alpha=1.5), window=128, stride=85, size=(180, 240), rivals=dict(vpt=dict(num_tokens=32)), note=_NOTE),
+        adaptation=_TINY_ADAPTATION | dict(engine="classical", alpha=1.5), window=128, stride=85, size=(180, 240),
+        rivals=dict(vpt=dict(num_tokens=32)), note=_NOTE),
     "paper": Preset(
         "paper", source="gtav:train", source_val=None, targets=_PAPER_TARGETS,
         model=dict(backbone="dinov2_large", num_classes=19, image_size=512, normalization="imagenet"),
-        data=dict(crop=512, base=512, scales=tuple(range(5, 21)), max_long=2048, min_class_pixels=3000, rcs=True, num_points=12544),
+        data=dict(crop=512, base=512, scales=tuple(range(5, 21)), max_long=2048, min_class_pixels=3000, rcs=True,
+        num_points=12544),
         training=dict(iterations=40_000, batch_size=4, lr=1e-4, backbone_lr=1e-5),
         adapt_training=dict(iterations=40_000, batch_size=1, lr=1e-4, backbone_lr=1e-5),
-        adaptation=dict(engine="sam2", reduction=4, limit=100, tau=0.968, ema=0.999, weighting="image", mask_block=32, mask_ratio=0.7, stm={}),
+        adaptation=dict(engine="sam2", reduction=4, limit=100, tau=0.968, ema=0.999, weighting="image", mask_block=32,
+        mask_ratio=0.7, stm={}),
         window=512, stride=341, size="protocol", settings={
             "three sources": dict(source="urbansyn:train+synthia:train+gtav:train"),
             "cityscapes": dict(source="cityscapes:train", source_val="cityscapes:val", targets=dict(
-                acdc=("acdc:train", "acdc:val"), darkzurich=("darkzurich:train", "darkzurich:val"), bdd=_PAPER_TARGETS["bdd"], map=_PAPER_TARGETS["map"]))}),
+                acdc=("acdc:train", "acdc:val"), darkzurich=("darkzurich:train", "darkzurich:val"),
+                bdd=_PAPER_TARGETS["bdd"], map=_PAPER_TARGETS["map"]))}),
 }
 
 # %% ../../nbs/50_experiments.ipynb #75e300b3
@@ -135,44 +153,65 @@ def plan(
     seed: int = 0,
     target: str | None = None,  # short name of a target (rein_a)
     limit_iterations: int | None = None,  # cut every training to so many iterations: other runs, other records
-    adapt_iterations: int | None = None,  # cut the adaptation (and its control) only; the source model is trained in full
+    # cut the adaptation (and its control) only; the source model is trained in full
+    adapt_iterations: int | None = None,
     setting: str | None = None,  # another source, a key of the preset's `settings`
     augment: str | None = None,  # "pasta" or "advstyle": a further augmentation of the source
-    model: dict = {},  # changes to the preset's arguments of `create_segmenter`, e.g. dict(adapter_args=dict(rank=4)); for the source model too
+    # changes to the preset's arguments of `create_segmenter`, e.g. dict(adapter_args=dict(rank=4)); for the source
+    # model too
+    model: dict = {},
     **adaptation,  # changes to the preset's adaptation settings
 ) -> Experiment:
-    "The run that a cell of a table needs. Raises `ValueError` with what exists for an unknown preset, method or target."
-    if preset not in PRESETS: raise ValueError(f"preset={preset!r} is unknown: use one of {', '.join(PRESETS)}")
-    if method not in METHODS: raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+    """The run that a cell of a table needs.
+
+    Raises `ValueError` with what exists for an unknown preset, method or target."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown: use one of {', '.join(PRESETS)}")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
     p = PRESETS[preset]
     if setting is not None:
-        if setting not in p.settings: raise ValueError(f"setting={setting!r} is unknown in preset {preset!r}: use one of {', '.join(p.settings) or 'none, it has one setting only'}")
+        if setting not in p.settings:
+            raise ValueError(
+                f"setting={setting!r} is unknown in preset {preset!r}: use one of "
+                f"{', '.join(p.settings) or 'none, it has one setting only'}")
         p = dataclasses.replace(p, **p.settings[setting])
-    if method == "rein_a" and target not in p.targets: raise ValueError(f"target={target!r} is unknown in preset {preset!r}: use one of {', '.join(p.targets)}")
+    if method == "rein_a" and target not in p.targets:
+        raise ValueError(f"target={target!r} is unknown in preset {preset!r}: use one of {', '.join(p.targets)}")
     adapts = method in ("rein_a", "control")
     limit = min((n for n in (limit_iterations, adapt_iterations if adapts else None) if n), default=None)
-    cut = lambda t: t | (dict(iterations=min(limit, t["iterations"]), warmup=min(t.get("warmup", 0), limit // 10)) if limit else {})
+    def cut(t):
+        return t | (dict(iterations=min(limit, t["iterations"]), warmup=min(t.get("warmup", 0), limit // 10)) if limit
+            else {})
     everywhere = tuple(([p.source_val] if p.source_val else []) + [e for _, e in p.targets.values()])
-    domains = everywhere if method != "rein_a" else tuple(([p.source_val] if p.source_val else []) + [p.targets[target][1]])
+    domains = everywhere if method != "rein_a" else tuple(([p.source_val] if p.source_val else [])
+        + [p.targets[target][1]])
     trained = model.get("adapter", "rein_g" if adapts else method)
     training = cut(p.adapt_training if adapts else p.training)
-    if trained == "bitfit": training = training | dict(backbone_lr=training["lr"])  # its few parameters are the backbone's own
+    if trained == "bitfit":
+        training = training | dict(backbone_lr=training["lr"])  # its few parameters are the backbone's own
     return Experiment(
         method, p.source, p.targets[target][0] if method == "rein_a" else None, domains, seed,
-        _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False) | (dict(augment=augment) if augment else {}), training,
+        _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False)
+        | (dict(augment=augment) if augment else {}), training,
         p.adaptation | adaptation if method == "rein_a" else None, p.window, p.stride, p.size,
-        start=plan(preset, trained, seed, limit_iterations=limit_iterations, setting=setting, augment=augment, model=model) if adapts else None)
+        start=plan(preset, trained, seed, limit_iterations=limit_iterations, setting=setting, augment=augment,
+        model=model) if adapts else None)
 
 
 def _model_of(p: Preset, adapter: str, changes: dict) -> dict:
-    "Arguments of `create_segmenter`: the preset's, with changes. Without linked tokens the head has as many queries of its own."
-    model = {k: v for k, v in (p.model | changes).items() if k not in ("adapter_args", "head_args")} | dict(adapter=adapter)
+    """Arguments of `create_segmenter`: the preset's, with changes.
+
+    Without linked tokens the head has as many queries of its own."""
+    model = {k: v for k, v in (p.model | changes).items()
+        if k not in ("adapter_args", "head_args")} | dict(adapter=adapter)
     settings, rein = dict(p.model.get("adapter_args", {})), adapter == "rein_g"
     args = (settings if rein else p.rivals.get(adapter, {})) | changes.get("adapter_args", {})
     own_head = model.get("head", "mask2former") == p.model.get("head", "mask2former")
     head = (p.model.get("head_args", {}) if own_head else {}) | changes.get("head_args", {})
     linked = rein and args.get("link_queries", True)
-    if own_head and not linked: head = head | dict(num_queries=(args if rein else settings).get("num_tokens", 100))
+    if own_head and not linked:
+        head = head | dict(num_queries=(args if rein else settings).get("num_tokens", 100))
     return model | (dict(adapter_args=args) if args else {}) | (dict(head_args=head) if head else {})
 
 # %% ../../nbs/50_experiments.ipynb #41168c82
@@ -182,14 +221,17 @@ class Ledger:
     def __init__(self, folder: str | Path | None = None):  # None: `data/results`
         self.folder = Path(folder) if folder else data_folder() / "results"
 
-    def path(self, experiment: Experiment) -> Path: return self.folder / f"{experiment.key}.json"
+    def path(self, experiment: Experiment) -> Path:
+        return self.folder / f"{experiment.key}.json"
 
     def get(self, experiment: Experiment) -> dict | None:
         "The record of a run, or None."
         path = self.path(experiment)
         if not path.exists(): return None
-        try: return json.loads(path.read_text())
-        except ValueError as error: raise ValueError(f"{path} is damaged ({error}): restore it with git, or delete it and run again") from error
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it with git, or delete it and run again") from error
 
     def put(self, experiment: Experiment, record: dict) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +239,8 @@ class Ledger:
         write_atomically(path, (json.dumps(_without_nan(record), indent=1) + "\n").encode())
         return path
 
-    def all(self) -> list[dict]: return [json.loads(f.read_text()) for f in sorted(self.folder.glob("*.json"))]
+    def all(self) -> list[dict]:
+        return [json.loads(f.read_text()) for f in sorted(self.folder.glob("*.json"))]
 
 
 def _without_nan(value):

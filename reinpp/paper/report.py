@@ -19,11 +19,13 @@ import pandas as pd
 
 from ..files import data_folder
 from ..labels import CLASSES, colorize
-from .experiments import Ledger, plan, PRESETS
+from .experiments import PRESETS, Ledger, plan
 
 # %% ../../nbs/53_report.ipynb #c2666892
-SHORT = dict(zip(CLASSES, ("Road", "S.walk", "Build.", "Wall", "Fence", "Pole", "Tr.Light", "Sign", "Vege.", "Terrain", "Sky", "Person", "Rider", "Car", "Truck", "Bus", "Train", "M.bike", "Bike")))
-LABELS = {"freeze": "Freeze", "full": "Full", "rein_g": "Rein-G (source)", "control": "control (source only)", "rein_a": "Rein-A"}
+SHORT = dict(zip(CLASSES, ("Road", "S.walk", "Build.", "Wall", "Fence", "Pole", "Tr.Light", "Sign", "Vege.", "Terrain",
+    "Sky", "Person", "Rider", "Car", "Truck", "Bus", "Train", "M.bike", "Bike")))
+LABELS = {"freeze": "Freeze", "full": "Full", "rein_g": "Rein-G (source)", "control": "control (source only)",
+    "rein_a": "Rein-A"}
 
 # %% ../../nbs/53_report.ipynb #8c510e74
 def mean_spread(
@@ -60,9 +62,12 @@ def found(
     ledger = ledger or Ledger()
     adapts = row["method"] == "rein_a"
     lengths = [dict(limit_iterations=limit_iterations)]
-    if short_iterations and not limit_iterations: lengths += [dict(adapt_iterations=short_iterations)] * (row["method"] in ("rein_a", "control")) + [dict(limit_iterations=short_iterations)]
+    if short_iterations and not limit_iterations:
+        lengths += [dict(adapt_iterations=short_iterations)] * (row["method"] in ("rein_a", "control")) + [
+            dict(limit_iterations=short_iterations)]
     for length in lengths:
-        records = [r for seed in seeds if (r := ledger.get(plan(preset, seed=seed, target=target if adapts else None, **length, **row)))]
+        records = [r for seed in seeds if (
+            r := ledger.get(plan(preset, seed=seed, target=target if adapts else None, **length, **row)))]
         if records: return records
     return []
 
@@ -76,19 +81,25 @@ def comparison(
     short_iterations: int | None = None,  # see `found`
     base: str = LABELS["rein_g"],  # the row that differences are taken to
 ) -> pd.DataFrame:  # one row a target and method
-    "Target mIoU, its difference to the base row (seed by seed, runs of the same length only), pixel accuracy, and the source's mIoU afterwards; per cent, mean and spread over seeds."
+    """Target mIoU, its difference to the base row (seed by seed, runs of the same length only), pixel accuracy, and the
+    source's mIoU afterwards; per cent, mean and spread over seeds."""
     p, table = PRESETS[preset], []
-    look = lambda label, target: found(preset, rows[label], target, ledger, short_iterations, limit_iterations)
+    def look(label, target):
+        return found(preset, rows[label], target, ledger, short_iterations, limit_iterations)
     for target in targets or p.targets:
         domain = p.targets[target][1]
         of_base = look(base, target) if base in rows else []
         for label in rows:
             records = look(label, target)
-            values = lambda key, where: [r["metrics"][where][key] for r in records if where in r["metrics"]]
+            def values(key, where):
+                return [r["metrics"][where][key] for r in records if where in r["metrics"]]
             table.append({"target": target, "method": label, "mIoU": in_percent(values("miou", domain)),
-                          "difference": "" if label == base else in_percent(differences(records, of_base, domain), "+"), "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
-                          "source mIoU": in_percent(values("miou", p.source_val)) if p.source_val else "–", "seeds": len(records),
-                          "iterations": records[0]["config"]["training"]["iterations"] if records else "–", "status": "measured" if records else "not run"})
+                          "difference": "" if label == base else in_percent(differences(records, of_base, domain), "+"),
+                          "pixel accuracy": in_percent(values("pixel_accuracy", domain)),
+                          "source mIoU": in_percent(values("miou", p.source_val)) if p.source_val else "–",
+                          "seeds": len(records),
+                          "iterations": records[0]["config"]["training"]["iterations"] if records else "–",
+                          "status": "measured" if records else "not run"})
     return pd.DataFrame(table).set_index(["target", "method"])
 
 
@@ -100,17 +111,24 @@ def across_targets(
     limit_iterations: int | None = None,
     short_iterations: int | None = None,
 ) -> pd.DataFrame:  # one row a label; a column a target, then the mean
-    "mIoU of each row on each target and their mean: the form of the paper's generalisation tables. Per cent, mean and spread over seeds."
+    """mIoU of each row on each target and their mean: the form of the paper's generalisation tables.
+
+    Per cent, mean and spread over seeds."""
     p, table = PRESETS[preset], []
     for label, row in rows.items():
         records = {t: found(preset, row, t, ledger, short_iterations, limit_iterations) for t in targets or p.targets}
-        miou = {t: {r["config"]["seed"]: r["metrics"][p.targets[t][1]]["miou"] for r in rs} for t, rs in records.items()}
+        miou = {t: {r["config"]["seed"]: r["metrics"][p.targets[t][1]]["miou"] for r in rs} for t,
+            rs in records.items()}
         seeds = sorted(set.intersection(*(set(m) for m in miou.values())))
         some = next((rs[0] for rs in records.values() if rs), None)
         source = [r["metrics"][p.source_val]["miou"] for r in next(iter(records.values()))] if p.source_val else []
-        table.append({"row": label, "parameters": f"{some['parameters']['adapter']:,}" if some else "–"} | ({"source": in_percent(source)} if p.source_val else {}) | {t: in_percent(list(m.values())) for t, m in miou.items()}
-                     | {"mean": in_percent([statistics.fmean(miou[t][s] for t in miou) for s in seeds]), "seeds": len(seeds),
-                        "iterations": some["config"]["training"]["iterations"] if some else "–", "status": "measured" if some else "not run"})
+        table.append({"row": label, "parameters": f"{some['parameters']['adapter']:,}" if some else "–"}
+            | ({"source": in_percent(source)} if p.source_val else {})
+            | {t: in_percent(list(m.values())) for t, m in miou.items()}
+                     | {"mean": in_percent([statistics.fmean(miou[t][s] for t in miou) for s in seeds]),
+                     "seeds": len(seeds),
+                        "iterations": some["config"]["training"]["iterations"] if some else "–", "status": "measured"
+                        if some else "not run"})
     return pd.DataFrame(table).set_index("row")
 
 
@@ -122,22 +140,33 @@ def per_class(
     limit_iterations: int | None = None,
     short_iterations: int | None = None,
 ) -> pd.DataFrame:
-    "IoU of every class in per cent, mean over seeds, in the order of the paper's Table IX; a dash for classes that a domain does not label."
+    """IoU of every class in per cent, mean over seeds, in the order of the paper's Table IX.
+
+    A dash for classes that a domain does not label."""
     p, table = PRESETS[preset], []
     for target in targets or p.targets:
         for label, row in rows.items():
-            records = [r["metrics"][p.targets[target][1]] for r in found(preset, row, target, ledger, short_iterations, limit_iterations)]
+            records = [r["metrics"][p.targets[target][1]]
+                for r in found(preset, row, target, ledger, short_iterations, limit_iterations)]
             if not records: continue
-            one = lambda values: "–" if not mean_spread(values)[2] else f"{100 * mean_spread(values)[0]:.1f}"
-            table.append({"target": target, "method": label} | {SHORT[c]: one([r["iou"].get(c) for r in records]) for c in CLASSES}
+            def one(values):
+                return "–" if not mean_spread(values)[2] else f"{100 * mean_spread(values)[0]:.1f}"
+            table.append({"target": target, "method": label}
+                | {SHORT[c]: one([r["iou"].get(c) for r in records]) for c in CLASSES}
                          | {"mIoU": in_percent([r["miou"] for r in records]), "seeds": len(records)})
-    return pd.DataFrame(table).set_index(["target", "method"]) if table else pd.DataFrame(columns=["target", "method", "mIoU"]).set_index(["target", "method"])
+    return pd.DataFrame(table).set_index(["target", "method"]) if table else pd.DataFrame(
+        columns=["target", "method", "mIoU"]).set_index(["target", "method"])
 
 # %% ../../nbs/53_report.ipynb #c19051b7
 def paper_table(number: int) -> pd.DataFrame:
-    "A printed table of the paper, every row and column. Raises `FileNotFoundError` for a table that is not typed in yet."
+    """A printed table of the paper, every row and column.
+
+    Raises `FileNotFoundError` for a table that is not typed in yet."""
     file = data_folder() / "paper" / f"table{number}.csv"
-    if not file.exists(): raise FileNotFoundError(f"{file}: Table {number} is not in data/paper; there are {', '.join(sorted(f.stem for f in file.parent.glob('*.csv')))}")
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file}: Table {number} is not in data/paper; there are "
+            f"{', '.join(sorted(f.stem for f in file.parent.glob('*.csv')))}")
     return pd.read_csv(file, keep_default_na=False)
 
 # %% ../../nbs/53_report.ipynb #4df091b6
@@ -145,7 +174,8 @@ def above(
     better: list[dict],  # records of one method over seeds
     other: list[dict],  # of another
     domain: str,
-) -> tuple[float, float, int]:  # mean difference, its sample standard deviation (NaN below two seeds), seeds in common; fractions
+# mean difference, its sample standard deviation (NaN below two seeds), seeds in common; fractions
+) -> tuple[float, float, int]:
     "Difference of target mIoU, paired by seed, of runs of the same length."
     mean, spread, count = mean_spread(differences(better, other, domain))
     return mean, math.nan if spread is None else spread, count
@@ -165,14 +195,20 @@ def verdicts(
     lines = []
     for target in targets or PRESETS[preset].targets:
         domain = PRESETS[preset].targets[target][1]
-        look = lambda name: found(preset, rows[name], target, ledger, short_iterations, limit_iterations)
+        def look(name):
+            return found(preset, rows[name], target, ledger, short_iterations, limit_iterations)
         for other in others:
             ours, theirs = look(label), look(other)
             mean, spread, count = above(ours, theirs, domain)
             start = f"{target}: {label} against {other}: "
-            if not count: lines.append(start + ("not compared, no two runs have the same seed and length" if ours and theirs else "not run"))
-            elif count == 1: lines.append(start + f"{100 * mean:+.1f} mIoU on one seed, so nothing can be said about the spread")
-            else: lines.append(start + f"{100 * mean:+.1f} ± {100 * spread:.1f} mIoU over {count} seeds: " + ("above by more than the spread" if mean > spread else "NOT above by more than the spread"))
+            if not count:
+                lines.append(start + ("not compared, no two runs have the same seed and length" if ours and theirs
+                    else "not run"))
+            elif count == 1:
+                lines.append(start + f"{100 * mean:+.1f} mIoU on one seed, so nothing can be said about the spread")
+            else:
+                lines.append(start + f"{100 * mean:+.1f} ± {100 * spread:.1f} mIoU over {count} seeds: "
+                    + ("above by more than the spread" if mean > spread else "NOT above by more than the spread"))
     return lines
 
 
@@ -183,12 +219,17 @@ def differences(
 ) -> list[float]:  # fractions, by seed
     "Differences of target mIoU, paired by seed, of runs of the same length."
     a, b = ({r["config"]["seed"]: r for r in records} for records in (better, other))
-    return [a[s]["metrics"][domain]["miou"] - b[s]["metrics"][domain]["miou"] for s in sorted(a.keys() & b.keys()) if _as_long(a[s], b[s])]
+    return [a[s]["metrics"][domain]["miou"] - b[s]["metrics"][domain]["miou"] for s in sorted(a.keys() & b.keys())
+        if _as_long(a[s], b[s])]
 
 
 def _as_long(a, b):
-    "Two adaptations are compared only when they ran for as many iterations, from starts of as many; two source models, too; an adaptation with a source model as long as its start. (Records without `start_iterations` are older than that field.)"
-    iterations = lambda r: r["config"]["training"]["iterations"]
+    """Two adaptations are compared only when they ran for as many iterations, from starts of as many.
+
+    Two source models, too; an adaptation with a source model as long as its start. (Records without `start_iterations`
+    are older than that field.)"""
+    def iterations(r):
+        return r["config"]["training"]["iterations"]
     adapted = [r["config"]["start"] is not None for r in (a, b)]
     start = [r.get("start_iterations") if adapts else iterations(r) for r, adapts in zip((a, b), adapted)]
     return (adapted[0] != adapted[1] or iterations(a) == iterations(b)) and (None in start or start[0] == start[1])
@@ -198,10 +239,12 @@ def footer(records: list[dict]) -> str:
     "Provenance of a table in one line: records (each counted once), commits, versions, devices, hours."
     records = list({r["key"]: r for r in records}.values())
     if not records: return "no records"
-    unique = lambda values: ", ".join(sorted({str(v) for v in values}))
+    def unique(values):
+        return ", ".join(sorted({str(v) for v in values}))
     hours = sum(r["training"]["seconds"] for r in records) / 3600
     return (f"{len(records)} records; commit {unique(r['commit'] for r in records)}; torch {unique(r['versions']['torch'] for r in records)}, timm {unique(r['versions']['timm'] for r in records)}; "
-            f"{unique(r['training']['device'] for r in records)}, {unique(r['training']['precision'] for r in records)}; {hours:.1f} h of training")
+            f"{unique(r['training']['device'] for r in records)}, "
+            f"{unique(r['training']['precision'] for r in records)}; {hours:.1f} h of training")
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -212,7 +255,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 # %% ../../nbs/53_report.ipynb #7b15fe14
 def beside(
-    cells: list[tuple],  # (name of the row, printed number or "N/A", arguments of `plan` for the paper preset, or in words why there are none, target or a tuple of targets: their mean, seed by seed)
+    # (name of the row, printed number or "N/A", arguments of `plan` for the paper preset, or in words why there are
+    # none, target or a tuple of targets: their mean, seed by seed)
+    cells: list[tuple],
     ledger: Ledger | None = None,
 ) -> pd.DataFrame:  # paper | ours | difference | n | status
     "Printed numbers and the paper preset's own, per cent; nothing else fills the column `ours`."
@@ -221,10 +266,13 @@ def beside(
         reason, row = (row, {}) if isinstance(row, str) else ("not run: needs the datasets and a GPU", row)
         settings = PRESETS["paper"].settings.get(row.get("setting"), {}).get("targets", PRESETS["paper"].targets)
         several = target if isinstance(target, tuple) else (target,)
-        by_seed = [{r["config"]["seed"]: r["metrics"][settings[t][1]]["miou"] for r in found("paper", row, t, ledger)} if row else {} for t in several]
-        values = [statistics.fmean(one[seed] for one in by_seed) for seed in sorted(set.intersection(*map(set, by_seed)))]
+        by_seed = [{r["config"]["seed"]: r["metrics"][settings[t][1]]["miou"] for r in found("paper", row, t, ledger)}
+            if row else {} for t in several]
+        values = [statistics.fmean(one[seed] for one in by_seed)
+            for seed in sorted(set.intersection(*map(set, by_seed)))]
         number = float(printed) if str(printed).replace(".", "", 1).isdigit() else None
-        table.append({"row": name, "paper": printed, "ours": in_percent(values), "difference": f"{100 * statistics.fmean(values) - number:+.1f}" if values and number is not None else "–",
+        table.append({"row": name, "paper": printed, "ours": in_percent(values),
+            "difference": f"{100 * statistics.fmean(values) - number:+.1f}" if values and number is not None else "–",
                       "n": len(values), "status": "measured" if values else reason})
     return pd.DataFrame(table).set_index("row")
 
@@ -235,10 +283,14 @@ def beside_wide(
     ledger: Ledger | None = None,
 ) -> tuple[pd.DataFrame, list[str]]:  # the table; what `status`, one word a row, stands for
     "`beside` for a wide table: paper, ours and difference of each column side by side."
-    parts = {name: beside([(column, printed[column], row, target) for column, target in columns.items()], ledger) for name, (printed, row) in lines.items()}
-    table = {name: {(column, what): part.loc[column, what] for column in columns for what in ("paper", "ours", "difference")}
-                   | {("n", ""): part.n.min(), ("status", ""): part.status.iloc[0].partition(":")[0]} for name, part in parts.items()}
-    return pd.DataFrame.from_dict(table, orient="index"), sorted({s for part in parts.values() for s in part.status if ":" in s})
+    parts = {name: beside([(column, printed[column], row, target) for column, target in columns.items()], ledger)
+        for name, (printed, row) in lines.items()}
+    table = {name: {(column, what): part.loc[column, what] for column in columns
+        for what in ("paper", "ours", "difference")}
+                   | {("n", ""): part.n.min(), ("status", ""): part.status.iloc[0].partition(":")[0]} for name,
+                   part in parts.items()}
+    return pd.DataFrame.from_dict(table, orient="index"), sorted(
+        {s for part in parts.values() for s in part.status if ":" in s})
 
 
 def mark_best(
@@ -246,27 +298,34 @@ def mark_best(
     columns: list[str],  # to rank in
     largest: bool = True,  # the largest is best
 ):  # a pandas Styler
-    """Best value of a column bold, second best underlined, as in the paper. Text such as `41.0 ± 0.8` is ranked by its mean; dashes are left out, and a lone number is not marked.
+    """Best value of a column bold, second best underlined, as in the paper.
 
-    The marks are tags in the cells: code hosts drop the style sheets of a saved notebook. Floats keep the digits of their column: 71.0 beside 65.8.
-    """
+    Text such as `41.0 ± 0.8` is ranked by its mean; dashes are left out, and a lone number is not marked.
+
+    The marks are tags in the cells: code hosts drop the style sheets of a saved notebook. Floats keep the digits of
+    their column: 71.0 beside 65.8."""
     shown, mark = table.copy(), {1: "<b>{}</b>", 2: "<u>{}</u>"}
     for column in table.columns:
         cells = _as_text(table[column])
-        shown[column] = [mark.get(rank, "{}").format(c) for rank, c in zip(_ranks(cells, largest), cells)] if column in list(columns) else cells
+        shown[column] = [mark.get(rank, "{}").format(c) for rank,
+            c in zip(_ranks(cells, largest), cells)] if column in list(columns) else cells
     return shown.style
 
 
 def _as_text(column):
     "Cells as text: floats with the digits of the one that has most, NaN as a dash."
-    digits = max((len(f"{v:g}".partition(".")[2]) for v in column if isinstance(v, float) and math.isfinite(v)), default=0)
+    digits = max((len(f"{v:g}".partition(".")[2]) for v in column if isinstance(v, float) and math.isfinite(v)),
+        default=0)
     return [("–" if math.isnan(v) else f"{v:.{digits}f}") if isinstance(v, float) else str(v) for v in column]
 
 
 def _ranks(cells, largest=True):
-    "1 for the best, 2 for the second best, equals alike; NaN where there is no number, and everywhere if there is only one."
+    """1 for the best, 2 for the second best, equals alike.
+
+    NaN where there is no number, and everywhere if there is only one."""
     number = pd.to_numeric(pd.Series(cells, dtype=object).str.extract(r"^([+-]?[0-9.]+)")[0], errors="coerce")
-    return (-number if largest else number).rank(method="dense").to_list() if number.count() > 1 else [math.nan] * len(number)
+    return (-number if largest else number).rank(method="dense").to_list() if number.count() > 1 else [math.nan] * len(
+        number)
 
 
 def export_table(
@@ -275,29 +334,41 @@ def export_table(
     name: str,  # of the files, without ending
     best: tuple = (),  # columns whose best value is bold and second best underlined in LaTeX
 ) -> list[Path]:
-    "Write a table as CSV, LaTeX (`booktabs`), HTML and Markdown, so that a row can go into somebody's paper. Heads of two levels stay two lines in LaTeX and become one elsewhere."
+    """Write a table as CSV, LaTeX (`booktabs`), HTML and Markdown, so that a row can go into somebody's paper.
+
+    Heads of two levels stay two lines in LaTeX and become one elsewhere."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = table.reset_index()
     heads = [column if isinstance(column, tuple) else (column,) for column in flat.columns]
-    plain = pd.DataFrame(dict(enumerate(_as_text(flat.iloc[:, i]) for i in range(flat.shape[1])))).set_axis([" ".join(map(str, filter(None, head))) for head in heads], axis=1)
-    latex = _latex(heads, [plain.iloc[:, i].to_list() for i in range(plain.shape[1])], [column in list(best) for column in flat.columns])
-    texts = {"csv": plain.to_csv(index=False), "tex": latex, "html": plain.to_html(index=False, border=0), "md": markdown(plain.set_index(plain.columns[0]))}
-    for ending, text in texts.items(): (folder / f"{name}.{ending}").write_text(text, encoding="utf-8")
+    plain = pd.DataFrame(dict(enumerate(_as_text(flat.iloc[:, i]) for i in range(flat.shape[1])))).set_axis(
+        [" ".join(map(str, filter(None, head))) for head in heads], axis=1)
+    latex = _latex(heads, [plain.iloc[:, i].to_list() for i in range(plain.shape[1])],
+        [column in list(best) for column in flat.columns])
+    texts = {"csv": plain.to_csv(index=False), "tex": latex, "html": plain.to_html(index=False, border=0),
+        "md": markdown(plain.set_index(plain.columns[0]))}
+    for ending, text in texts.items():
+        (folder / f"{name}.{ending}").write_text(text, encoding="utf-8")
     return [folder / f"{name}.{ending}" for ending in texts]
 
 
-_TEX = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"[": "{[}", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "–": "--",
-                      "±": r"$\pm$", "×": r"$\times$", "→": r"$\rightarrow$", "α": r"$\alpha$", "β": r"$\beta$", "τ": r"$\tau$", "Δ": r"$\Delta$"})
+_TEX = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"[": "{[}", "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "–": "--",
+                      "±": r"$\pm$", "×": r"$\times$", "→": r"$\rightarrow$", "α": r"$\alpha$", "β": r"$\beta$",
+                      "τ": r"$\tau$", "Δ": r"$\Delta$"})
 
 
 def _latex(heads, columns, best):
-    "A `tabular`: a tuple of one or two heads for each column, its cells, and whether its best are marked. Columns of numbers are set to the right."
+    """A `tabular`: a tuple of one or two heads for each column, its cells, and whether its best are marked.
+
+    Columns of numbers are set to the right."""
     mark = {1: r"\textbf{%s}", 2: r"\underline{%s}"}
-    cells = [[mark.get(rank, "%s") % cell.translate(_TEX) for rank, cell in zip(_ranks(column) if marked else [0] * len(column), column)] for column, marked in zip(columns, best)]
+    cells = [[mark.get(rank, "%s") % cell.translate(_TEX) for rank,
+        cell in zip(_ranks(column) if marked else [0] * len(column), column)] for column, marked in zip(columns, best)]
     number = re.compile(r"[+-]?[\d.,]+( ± [\d.]+)?[MB]?|[–-]|N/A|")
     sides = "".join("r" if all(map(number.fullmatch, column)) else "l" for column in columns)
-    line = lambda values: " & ".join(values) + r" \\"
+    def line(values):
+        return " & ".join(values) + r" \\"
     top = [line(str(head[-1]).translate(_TEX) for head in heads)]
     if len(heads[0]) > 1:  # each first head once, over its columns, with a rule below
         over, rules, heads = [], [], [tuple(map(str, head)) for head in heads]
@@ -305,9 +376,11 @@ def _latex(heads, columns, best):
             group = list(group)
             text = heads[group[0]][0].translate(_TEX)
             over.append(text if len(group) == 1 else rf"\multicolumn{{{len(group)}}}{{c}}{{{text}}}")
-            if len(group) > 1: rules.append(rf"\cmidrule(lr){{{group[0] + 1}-{group[-1] + 1}}}")
+            if len(group) > 1:
+                rules.append(rf"\cmidrule(lr){{{group[0] + 1}-{group[-1] + 1}}}")
         top = [line(over), " ".join(rules), *top]
-    return "\n".join([rf"\begin{{tabular}}{{{sides}}}", r"\toprule", *top, r"\midrule", *map(line, zip(*cells)), r"\bottomrule", r"\end{tabular}", ""])
+    return "\n".join([rf"\begin{{tabular}}{{{sides}}}", r"\toprule", *top, r"\midrule", *map(line, zip(*cells)),
+        r"\bottomrule", r"\end{tabular}", ""])
 
 # %% ../../nbs/53_report.ipynb #95741784
 def prediction_grid(
@@ -315,24 +388,32 @@ def prediction_grid(
     path: str | Path | None = None,  # PNG to write
     width: float = 2.2,  # inches a column
 ):
-    "A grid with one row an image and one column a title; label maps are coloured, with a legend of the classes that occur."
+    """A grid with one row an image and one column a title.
+
+    Label maps are coloured, with a legend of the classes that occur."""
     import matplotlib.pyplot as plt
     rows = len(next(iter(columns.values())))
     height, wide = next(iter(columns.values()))[0].shape[:2]
     each = width * height / wide
-    fig, axes = plt.subplots(rows, len(columns), figsize=(width * len(columns), each * rows + .75), dpi=90, squeeze=False)
+    fig, axes = plt.subplots(rows, len(columns), figsize=(width * len(columns), each * rows + .75), dpi=90,
+        squeeze=False)
     present = set()
     for j, (title, images) in enumerate(columns.items()):
         axes[0, j].set_title(title, fontsize=9, pad=3)
         for i, image in enumerate(images):
             image = np.asarray(image)
-            if image.ndim == 2: present |= set(np.unique(image).tolist())
+            if image.ndim == 2:
+                present |= set(np.unique(image).tolist())
             axes[i, j].imshow(colorize(image) if image.ndim == 2 else image, interpolation="nearest")
-            axes[i, j].set_xticks([]); axes[i, j].set_yticks([])
+            axes[i, j].set_xticks([])
+            axes[i, j].set_yticks([])
     classes = sorted(c for c in present if c < len(CLASSES))
     from matplotlib.patches import Patch
+
     from reinpp.labels import PALETTE
     fig.tight_layout(pad=.3, rect=(0, .55 / (each * rows + .75), 1, 1))
-    fig.legend(handles=[Patch(color=PALETTE[c] / 255, label=CLASSES[c]) for c in classes], ncol=10, fontsize=7, loc="lower center", frameon=False, handlelength=1, columnspacing=1)
-    if path: fig.savefig(path)
+    fig.legend(handles=[Patch(color=PALETTE[c] / 255, label=CLASSES[c]) for c in classes], ncol=10, fontsize=7,
+        loc="lower center", frameon=False, handlelength=1, columnspacing=1)
+    if path:
+        fig.savefig(path)
     return fig

@@ -22,8 +22,8 @@ from ..data.sampling import Sampler
 from ..data.transforms import TrainTransform
 from ..files import data_folder
 from ..models.adapter_files import read_adapter
-from ..models.segmenter import create_segmenter, Segmenter
-from .experiments import Experiment, Ledger, METHODS, open_domain, plan, PRESETS
+from ..models.segmenter import Segmenter, create_segmenter
+from .experiments import METHODS, PRESETS, Experiment, Ledger, open_domain, plan
 from ..processes import barrier, broadcast, get_rank, get_world_size, init_process_group, local_batch_size
 from ..training.evaluation import evaluate, evaluate_set
 from ..training.generalize import Generalize
@@ -36,7 +36,9 @@ def find_adapter(
 ) -> Path | None:
     "The folder of the adapter that this very run trained, if there is one."
     for folder in (runs / experiment.training_key / "adapter", *sorted((data_folder() / "weights").glob("*/"))):
-        if (folder / "adapter_config.json").exists() and json.loads((folder / "adapter_config.json").read_text()).get("record", {}).get("key") == experiment.training_key: return folder
+        if (folder / "adapter_config.json").exists() and json.loads((folder / "adapter_config.json").read_text()).get(
+                "record", {}).get("key") == experiment.training_key:
+            return folder
     return None
 
 
@@ -49,7 +51,9 @@ def build(
     segmenter = create_segmenter(**experiment.model)
     if experiment.start is None: return segmenter
     folder = find_adapter(experiment.start, runs)
-    if folder is None: raise FileNotFoundError(f"{experiment}: the adapter of {experiment.start} is neither in {runs} nor in data/weights: run that first")
+    if folder is None:
+        raise FileNotFoundError(
+            f"{experiment}: the adapter of {experiment.start} is neither in {runs} nor in data/weights: run that first")
     return segmenter.load_adapter(folder)
 
 
@@ -62,7 +66,8 @@ def objective_of(
     "`Generalize` or `ReinA` with the run's settings."
     d = experiment.data
     source = open_domain(experiment.source, data_root)
-    transform = TrainTransform(crop=d["crop"], base=d["base"], scales=d["scales"], max_long=d["max_long"], min_class_pixels=d["min_class_pixels"],
+    transform = TrainTransform(crop=d["crop"], base=d["base"], scales=d["scales"], max_long=d["max_long"],
+        min_class_pixels=d["min_class_pixels"],
                                fill=tuple(segmenter.mean.flatten().tolist()))
     if experiment.method != "rein_a":
         sampler = Sampler(source, rcs=d["rcs"], min_pixels=d["min_class_pixels"])
@@ -70,11 +75,16 @@ def objective_of(
     a = dict(experiment.adaptation)
     engine, reduction, stm = a.pop("engine"), a.pop("reduction"), a.pop("stm")
     target = open_domain(experiment.target, data_root, labels=False)
-    kept = lambda domain: None if engine == "instances" else Path(runs or data_folder() / "runs") / "proposals" / f"{domain.replace(':', '_').replace('/', '_')}_{engine}_{reduction}"
+    def kept(domain):
+        return None if engine == "instances" else Path(runs
+            or data_folder() / "runs") / "proposals" / f"{domain.replace(':', '_').replace('/', '_')}_{engine}_{reduction}"
     with_stm = a.pop("use_stm", True)
-    stores = [make_proposals(dataset, engine, kept(domain), reduction, shard=(get_rank(), get_world_size()), progress=get_rank() == 0) for dataset, domain in ((source, experiment.source), (target, experiment.target))] if with_stm else []
+    stores = [make_proposals(dataset, engine, kept(domain), reduction, shard=(get_rank(), get_world_size()),
+        progress=get_rank() == 0) for dataset, domain in ((source, experiment.source),
+        (target, experiment.target))] if with_stm else []
     barrier()  # for the other processes' share of the proposals
-    return ReinA(segmenter, source, target, transform, *stores, stm=STM.like(segmenter, **stm) if with_stm else None, rcs=d["rcs"], num_points=d["num_points"], **a)
+    return ReinA(segmenter, source, target, transform, *stores, stm=STM.like(segmenter, **stm) if with_stm else None,
+        rcs=d["rcs"], num_points=d["num_points"], **a)
 
 
 def run(
@@ -84,44 +94,65 @@ def run(
     data_root: str | Path | None = None,
     **options,  # of `fit`: workers, device, precision, progress
 ) -> dict:  # the record
-    "The record of a run: from the ledger, or made now (and what it starts from as well). Interrupted runs resume. Under `torchrun` all processes call this together and make one run; the first one keeps the books. Before anything is trained: FileNotFoundError or ValueError for a domain that cannot be opened, ValueError for a batch that the processes cannot share; RuntimeError if another run under `torchrun` holds the same folder."
+    """The record of a run: from the ledger, or made now (and what it starts from as well).
+
+    Interrupted runs resume. Under `torchrun` all processes call this together and make one run; the first one keeps the
+    books. Before anything is trained: FileNotFoundError or ValueError for a domain that cannot be opened, ValueError
+    for a batch that the processes cannot share; RuntimeError if another run under `torchrun` holds the same folder."""
     ledger, runs = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs"
     device, first = init_process_group(options.get("device")), get_rank() == 0
     if (record := broadcast(ledger.get(experiment))) is not None: return record
     local_batch_size(experiment.training["batch_size"])  # all this now, rather than after hours of training
-    for domain in experiment.evaluate_on: open_domain(domain, data_root)
-    if experiment.target: open_domain(experiment.target, data_root, labels=False)
-    if experiment.start is not None and broadcast(find_adapter(experiment.start, runs)) is None: run(experiment.start, ledger, runs, data_root, **options)
+    for domain in experiment.evaluate_on:
+        open_domain(domain, data_root)
+    if experiment.target:
+        open_domain(experiment.target, data_root, labels=False)
+    if experiment.start is not None and broadcast(find_adapter(experiment.start, runs)) is None:
+        run(experiment.start, ledger, runs, data_root, **options)
     folder = runs / experiment.training_key
     with _locked(folder, patient=get_world_size() == 1) if first else contextlib.nullcontext():
-        if (record := broadcast(ledger.get(experiment))) is not None: return record  # somebody else has just made it
+        if (record := broadcast(ledger.get(experiment))) is not None:
+            return record  # somebody else has just made it
         began, made_by = time.time(), commit()  # the commit that is running, whatever is committed meanwhile
         segmenter = build(experiment, runs)
         trained = broadcast(find_adapter(experiment, runs))
         if trained is None:
-            if first: print(f"training {experiment}", flush=True)
-            made = fit(objective_of(experiment, segmenter, data_root, runs), run_dir=folder, seed=experiment.seed, **experiment.training, **options)
-            training = {k: made[k] for k in ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory")} | dict(commit=made_by) | {k: made[k] for k in ("processes",) if k in made}
-            if first: segmenter.save_adapter(folder / "adapter", record=dict(key=experiment.training_key, run=str(experiment), training=training))
+            if first:
+                print(f"training {experiment}", flush=True)
+            made = fit(objective_of(experiment, segmenter, data_root, runs), run_dir=folder, seed=experiment.seed,
+                **experiment.training, **options)
+            training = {k: made[k] for k in ("seconds", "seconds_per_iteration", "loss_last_1000", "device",
+                "precision", "peak_memory")} | dict(commit=made_by) | {k: made[k] for k in ("processes",) if k in made}
+            if first:
+                segmenter.save_adapter(folder / "adapter",
+                    record=dict(key=experiment.training_key, run=str(experiment), training=training))
         else:
             training = read_adapter(trained)[0]["record"]["training"]
             segmenter.load_adapter(trained)
-        if first: print(f"evaluating {experiment} on {', '.join(experiment.evaluate_on)}", flush=True)
+        if first:
+            print(f"evaluating {experiment} on {', '.join(experiment.evaluate_on)}", flush=True)
         segmenter.to(device)
         metrics = {}
         for domain in experiment.evaluate_on:
             result = _evaluate(segmenter, domain, experiment, data_root)
             metrics[domain] = {k: result[k] for k in ("miou", "pixel_accuracy", "iou", "images")}
-        record = dict(key=experiment.key, config=experiment.config(), metrics=metrics, training=training, seconds=round(time.time() - began, 1), **dict(start_iterations=experiment.start.training["iterations"]) if experiment.start else {},
-                      parameters=segmenter.trainable_parameters(), versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
-        if first: ledger.put(experiment, record)
-    if first: (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
+        record = dict(key=experiment.key, config=experiment.config(), metrics=metrics, training=training,
+            seconds=round(time.time() - began, 1), **dict(start_iterations=experiment.start.training["iterations"])
+            if experiment.start else {},
+                      parameters=segmenter.trainable_parameters(), versions=versions(), commit=made_by,
+                      date=time.strftime("%Y-%m-%d"))
+        if first:
+            ledger.put(experiment, record)
+    if first:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
     return broadcast(ledger.get(experiment) if first else None)  # as anybody will read it
 
 
 def _evaluate(segmenter, domain, experiment, data_root):
     "One domain, in the run's windows or under the set's own protocol."
-    if experiment.size != "protocol": return evaluate(segmenter, open_domain(domain, data_root), window=experiment.window, stride=experiment.stride, size=experiment.size)
+    if experiment.size != "protocol":
+        return evaluate(segmenter, open_domain(domain, data_root), window=experiment.window, stride=experiment.stride,
+            size=experiment.size)
     name, _, split = domain.partition(":")
     return evaluate_set(segmenter, name, split, root=data_root, model_size=experiment.data["crop"])
 
@@ -129,29 +160,43 @@ def _evaluate(segmenter, domain, experiment, data_root):
 def commit() -> str:
     "The checkout's commit, with `+` when files differ from it; `unknown` without git."
     try:
-        git = lambda *a: subprocess.run(["git", "-C", str(data_folder().parent), *a], capture_output=True, text=True, check=True).stdout.strip()
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", "reinpp", "nbs", "data/weights") else "")
-    except (OSError, subprocess.CalledProcessError): return "unknown"
+        def git(*a):
+            return subprocess.run(["git", "-C", str(data_folder().parent), *a], capture_output=True, text=True,
+                check=True).stdout.strip()
+        return git("rev-parse", "--short=10", "HEAD") + ("+"
+            if git("status", "--porcelain", "--", "reinpp", "nbs", "data/weights") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def versions() -> dict:
     "Versions that decide about numbers."
-    import timm, torchvision, reinpp
-    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, timm=timm.__version__, reinpp=reinpp.__version__)
+    import timm
+    import torchvision
+
+    import reinpp
+    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+        timm=timm.__version__, reinpp=reinpp.__version__)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, patient: bool):
-    "Hold a run's folder; the lock goes with the process, however it ends. Another process's lock is waited for, or, where others would wait for this process meanwhile, an error."
+    """Hold a run's folder; the lock goes with the process, however it ends.
+
+    Another process's lock is waited for, or, where others would wait for this process meanwhile, an error."""
     folder.mkdir(parents=True, exist_ok=True)
-    try: import fcntl
+    try:
+        import fcntl
     except ImportError:  # no such locks on this system: one process at a time
         yield
         return
     with open(folder / ".lock", "w") as handle:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not patient: raise RuntimeError(f"{folder} is under way in another run: start this one again when that is done") from None
+            if not patient:
+                raise RuntimeError(
+                    f"{folder} is under way in another run: start this one again when that is done") from None
             print(f"{folder.name} is under way in another process: waiting for it", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -163,30 +208,36 @@ def estimate(
     data_root: str | Path | None = None,
     steps: int = 3,  # measured steps of each kind
 ) -> str:
-    "One line for each run with the time that its training will take here, from measured steps, on a GPU its peak memory, and a total. Starting models that are missing are counted."
+    """One line for each run with the time that its training will take here, from measured steps, on a GPU its peak
+    memory, and a total. Starting models that are missing are counted."""
     runs = Path(runs) if runs else data_folder() / "runs"
     needed = {}
     for e in experiments:
         for one in (e.start, e):
-            if one is not None and find_adapter(one, runs) is None: needed.setdefault(one.training_key, one)
+            if one is not None and find_adapter(one, runs) is None:
+                needed.setdefault(one.training_key, one)
     cost, lines, total = {}, [], 0.0
     for one in needed.values():
-        kind = (one.method, json.dumps([one.config()[k] for k in ("model", "data", "adaptation")]), one.training["batch_size"])
+        kind = (one.method, json.dumps([one.config()[k] for k in ("model", "data", "adaptation")]),
+            one.training["batch_size"])
         if kind not in cost:
             torch.manual_seed(0)
             objective = objective_of(one, create_segmenter(**one.model), data_root, runs)
             fit(objective, **one.training | dict(iterations=1, warmup=0), progress="none")
             made = fit(objective, **one.training | dict(iterations=steps, warmup=0), progress="none")
-            cost[kind] = made["seconds_per_iteration"], f", {made['peak_memory'] / 1e9:.1f} GB" if made["peak_memory"] else ""
+            cost[kind] = made["seconds_per_iteration"], f", {made['peak_memory'] / 1e9:.1f} GB" if made[
+                "peak_memory"] else ""
         seconds, memory = cost[kind]
         hours = seconds * one.training["iterations"] / 3600
         total += hours
         lines.append(f"{one}: {seconds:.2f} s an iteration, {_duration(hours)}{memory}")
     only = len(experiments) - sum(e.training_key in needed for e in experiments)
-    return "\n".join(lines + [f"in total {_duration(total)} of training here" + (f"; {only} runs are trained already and only need their evaluation" if only else "")])
+    return "\n".join(lines + [f"in total {_duration(total)} of training here"
+        + (f"; {only} runs are trained already and only need their evaluation" if only else "")])
 
 
-def _duration(hours: float) -> str: return f"about {60 * hours:.0f} min" if hours < 2 else f"about {hours:.1f} h"
+def _duration(hours: float) -> str:
+    return f"about {60 * hours:.0f} min" if hours < 2 else f"about {hours:.1f} h"
 
 # %% ../../nbs/52_runs.ipynb #e29c4121
 def schedule(
@@ -195,16 +246,20 @@ def schedule(
 ) -> float:  # hours until the last one ends
     "Longest first, each to the GPU that is free first: how long a list of runs takes on several GPUs."
     busy = [0.0] * gpus
-    for one in sorted(hours, reverse=True): busy[busy.index(min(busy))] += one
+    for one in sorted(hours, reverse=True):
+        busy[busy.index(min(busy))] += one
     return max(busy)
 
 # %% ../../nbs/52_runs.ipynb #eb71fce1
 def main(
     arguments=None,  # list of str; None: the command line's
 ) -> dict:  # the record
-    "`python -m reinpp.paper.runs`: one run into the ledger, unless it is there. Ends with one line that says what is wrong."
+    """`python -m reinpp.paper.runs`: one run into the ledger, unless it is there.
+
+    Ends with one line that says what is wrong."""
     import argparse
-    parser = argparse.ArgumentParser(prog="python -m reinpp.paper.runs", description="Make the record of one run; torchrun -m reinpp.paper.runs makes it on several GPUs. Run again to go on.")
+    parser = argparse.ArgumentParser(prog="python -m reinpp.paper.runs",
+        description="Make the record of one run; torchrun -m reinpp.paper.runs makes it on several GPUs. Run again to go on.")
     parser.add_argument("preset", choices=list(PRESETS))
     parser.add_argument("method", choices=list(METHODS))
     parser.add_argument("--target", help="short name of the target of rein_a")
@@ -217,12 +272,18 @@ def main(
     parser.add_argument("--workers", type=int, default=0, help="loader processes of each process (default 0)")
     a = parser.parse_args(arguments)
     try:
-        if a.target and a.method != "rein_a": raise ValueError(f"target={a.target!r}: {a.method} has none, only rein_a")
-        if a.limit_iterations is not None and a.limit_iterations < 1: raise ValueError(f"limit_iterations={a.limit_iterations}: give a number from 1 up, or leave it out")
-        record = run(plan(a.preset, a.method, a.seed, a.target, a.limit_iterations, setting=a.setting), Ledger(a.results), a.runs, a.data_root, workers=a.workers)
-    except (ValueError, OSError, ImportError, RuntimeError) as error: raise SystemExit(f"experiments: {error}") from None
-    if get_rank() == 0: print("\n".join(f"{domain}: mIoU {100 * m['miou']:.1f}" for domain, m in record["metrics"].items()))
+        if a.target and a.method != "rein_a":
+            raise ValueError(f"target={a.target!r}: {a.method} has none, only rein_a")
+        if a.limit_iterations is not None and a.limit_iterations < 1:
+            raise ValueError(f"limit_iterations={a.limit_iterations}: give a number from 1 up, or leave it out")
+        record = run(plan(a.preset, a.method, a.seed, a.target, a.limit_iterations, setting=a.setting),
+            Ledger(a.results), a.runs, a.data_root, workers=a.workers)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise SystemExit(f"experiments: {error}") from None
+    if get_rank() == 0:
+        print("\n".join(f"{domain}: mIoU {100 * m['miou']:.1f}" for domain, m in record["metrics"].items()))
     return record
 
 
-if __name__ == "__main__" and globals().get("__package__") == "reinpp": main()  # python -m, not a notebook
+if __name__ == "__main__" and globals().get("__package__") == "reinpp":
+    main()  # python -m, not a notebook

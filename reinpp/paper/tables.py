@@ -13,18 +13,25 @@ import torch
 
 from ..data.catalog import DATASETS
 from ..files import data_folder
-from .experiments import Ledger, METHODS, plan, PRESETS
+from .experiments import METHODS, PRESETS, Ledger, plan
 from .runs import estimate, find_adapter, run
 
 # %% ../../nbs/54_tables.ipynb #13d66459
 def missing_for_paper(data_root: str | Path | None = None) -> list[str]:
-    "One line for each thing that the paper preset lacks here: a GPU, a dataset that it trains on or is evaluated on (and where to get it and to put it), or a package."
-    lacks = [] if torch.cuda.is_available() else ["no NVIDIA GPU is visible to torch: DINOv2-L at batch 4 wants one with 16 GB or more"]
+    """One line for each thing that the paper preset lacks here.
+
+    A GPU, a dataset that it trains on or is evaluated on (and where to get it and to put it), or a package."""
+    lacks = [] if torch.cuda.is_available() else [
+        "no NVIDIA GPU is visible to torch: DINOv2-L at batch 4 wants one with 16 GB or more"]
     p = PRESETS["paper"]
-    for name in dict.fromkeys(domain.partition(":")[0] for domain in (*p.source.split("+"), *sum(p.targets.values(), ()))):
-        try: DATASETS[name].find(data_root)
-        except (FileNotFoundError, ValueError) as error: lacks.append(str(error).replace(f"{data_folder().parent}/", ""))
-    if importlib.util.find_spec("sam2") is None: lacks.append("the package sam2 is not installed (see extras.txt)")
+    for name in dict.fromkeys(domain.partition(":")[0]
+            for domain in (*p.source.split("+"), *sum(p.targets.values(), ()))):
+        try:
+            DATASETS[name].find(data_root)
+        except (FileNotFoundError, ValueError) as error:
+            lacks.append(str(error).replace(f"{data_folder().parent}/", ""))
+    if importlib.util.find_spec("sam2") is None:
+        lacks.append("the package sam2 is not installed (see extras.txt)")
     return lacks
 
 
@@ -32,12 +39,17 @@ def choose_preset(
     preset: str,  # auto or a key of `PRESETS`
     data_root: str | Path | None = None,
 ) -> str:
-    "The preset to use, after printing a banner for `auto`. Raises `ValueError` for an unknown name, `FileNotFoundError` with everything that is missing for `paper`."
-    if preset not in ("auto", *PRESETS): raise ValueError(f"preset={preset!r} is unknown: use auto, {', '.join(PRESETS)}")
+    """The preset to use, after printing a banner for `auto`.
+
+    Raises `ValueError` for an unknown name, `FileNotFoundError` with everything that is missing for `paper`."""
+    if preset not in ("auto", *PRESETS):
+        raise ValueError(f"preset={preset!r} is unknown: use auto, {', '.join(PRESETS)}")
     lacks = missing_for_paper(data_root) if preset in ("auto", "paper") else []
-    if preset == "paper" and lacks: raise FileNotFoundError("preset='paper' cannot run here:\n- " + "\n- ".join(lacks))
+    if preset == "paper" and lacks:
+        raise FileNotFoundError("preset='paper' cannot run here:\n- " + "\n- ".join(lacks))
     if preset == "auto":
-        print("preset: paper" if not lacks else "preset: tiny, because the paper's settings cannot run here:\n- " + "\n- ".join(lacks))
+        print("preset: paper" if not lacks else "preset: tiny, because the paper's settings cannot run here:\n- "
+            + "\n- ".join(lacks))
         return "tiny" if lacks else "paper"
     return preset
 
@@ -48,8 +60,10 @@ def check_names(
 ) -> None:
     "Raise `ValueError` for a parameter that the notebook does not have (a misspelt `-p`)."
     plain = (str, int, float, bool, list, dict, type(None))
-    unknown = [n for n, v in namespace.items() if isinstance(v, plain) and not n.startswith("_") and n not in ("In", "Out", *known.split())]
-    if unknown: raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook takes {', '.join(known.split())}")
+    unknown = [n for n, v in namespace.items() if isinstance(v, plain) and not n.startswith("_")
+        and n not in ("In", "Out", *known.split())]
+    if unknown:
+        raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook takes {', '.join(known.split())}")
 
 
 def check_parameters(
@@ -60,19 +74,27 @@ def check_parameters(
     known_rows=METHODS,  # what `rows` may hold
     **iterations,  # limits: whole numbers from 1 up, or None
 ) -> None:
-    "Raise `ValueError`, with what exists, for a wrong preset, row, target, seed or limit. Lists given on a command line must be lists: `-y 'seeds: [0, 1]'`."
-    if preset not in ("auto", *PRESETS): raise ValueError(f"preset={preset!r} is unknown: use auto, {', '.join(PRESETS)}")
+    """Raise `ValueError`, with what exists, for a wrong preset, row, target, seed or limit.
+
+    Lists given on a command line must be lists: `-y 'seeds: [0, 1]'`."""
+    if preset not in ("auto", *PRESETS):
+        raise ValueError(f"preset={preset!r} is unknown: use auto, {', '.join(PRESETS)}")
     for name, value in (("rows", rows), ("targets", targets), ("seeds", seeds)):
-        if isinstance(value, str) or not (value is None or hasattr(value, "__iter__")): raise ValueError(f"{name}={value!r} is not a list: write -y '{name}: [...]'")
+        if isinstance(value, str) or not (value is None or hasattr(value, "__iter__")):
+            raise ValueError(f"{name}={value!r} is not a list: write -y '{name}: [...]'")
     for row in rows or ():
-        if row not in known_rows: raise ValueError(f"rows: {row!r} is unknown: use {', '.join(known_rows)}")
+        if row not in known_rows:
+            raise ValueError(f"rows: {row!r} is unknown: use {', '.join(known_rows)}")
     known = [t for name, p in PRESETS.items() if preset in (name, "auto") for t in p.targets]
     for target in targets or ():
-        if target not in known: raise ValueError(f"targets: {target!r} is unknown in preset {preset!r}: use {', '.join(known)}")
+        if target not in known:
+            raise ValueError(f"targets: {target!r} is unknown in preset {preset!r}: use {', '.join(known)}")
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0: raise ValueError(f"seeds: {seed!r} is no whole number from 0 up")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seeds: {seed!r} is no whole number from 0 up")
     for name, value in iterations.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1): raise ValueError(f"{name}={value!r}: use a whole number from 1 up, or None")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: use a whole number from 1 up, or None")
 
 # %% ../../nbs/54_tables.ipynb #e29c4121
 def wanted(
@@ -91,9 +113,12 @@ def wanted(
         for seed in seeds:
             for target in targets if row["method"] == "rein_a" else [None]:
                 one = plan(preset, seed=seed, target=target, limit_iterations=limit_iterations, **row)
-                if short_iterations and not limit_iterations and ledger.get(one) is None and find_adapter(one, runs) is None:
-                    adapts = one.start is not None and find_adapter(one.start, runs) is not None  # otherwise the source model is short too
-                    one = plan(preset, seed=seed, target=target, **{"adapt_iterations" if adapts else "limit_iterations": short_iterations}, **row)
+                if short_iterations and not limit_iterations and ledger.get(one) is None and find_adapter(one,
+                        runs) is None:
+                    # otherwise the source model is short too
+                    adapts = one.start is not None and find_adapter(one.start, runs) is not None
+                    one = plan(preset, seed=seed, target=target,
+                        **{"adapt_iterations" if adapts else "limit_iterations": short_iterations}, **row)
                 chosen[label, target, seed] = one
     return chosen
 
@@ -106,10 +131,14 @@ def fill(
     runs: str | Path | None = None,
     **options,  # of `run`
 ) -> None:
-    "Say which runs are missing and what they will cost here, then make them. What was interrupted is resumed; what another process is making is waited for."
+    """Say which runs are missing and what they will cost here, then make them.
+
+    What was interrupted is resumed; what another process is making is waited for."""
     ledger, experiments = ledger or Ledger(), list({e.key: e for e in experiments}.values())
     missing = [e for e in experiments if ledger.get(e) is None]
-    print(f"{len(experiments)} run{'s' * (len(experiments) != 1)} wanted, {len(missing)} not in the ledger" + ("" if run_missing or not missing else "; run_missing is False, so they stay missing"))
+    print(f"{len(experiments)} run{'s' * (len(experiments) != 1)} wanted, {len(missing)} not in the ledger"
+        + ("" if run_missing or not missing else "; run_missing is False, so they stay missing"))
     if not run_missing or not missing: return
     print(estimate(missing, runs, data_root), flush=True)
-    for experiment in missing: run(experiment, ledger, runs, data_root, **dict(progress="lines") | options)
+    for experiment in missing:
+        run(experiment, ledger, runs, data_root, **dict(progress="lines") | options)

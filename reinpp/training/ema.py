@@ -14,16 +14,16 @@ from torch import nn
 
 # %% ../../nbs/30_ema.ipynb #45ca22dc
 def start_teacher(
-    segmenter: nn.Module,    # the student
+    segmenter: nn.Module,  # the student
 ) -> dict:
     "A copy of every trained parameter, by name: a teacher that equals the student. Frozen parameters are not copied."
     return {name: p.detach().clone() for name, p in segmenter.named_parameters() if p.requires_grad}
 
 
 def update_teacher(
-    teacher: dict,    # from `start_teacher`; changed in place
-    segmenter: nn.Module,    # the student
-    decay: float = 0.999,    # share of the old teacher
+    teacher: dict,  # from `start_teacher`; changed in place
+    segmenter: nn.Module,  # the student
+    decay: float = 0.999,  # share of the old teacher
 ) -> None:
     "One step of the moving average, over all trained parameters: scalars such as Rein-G's `scale` too."
     student = dict(segmenter.named_parameters())
@@ -31,7 +31,9 @@ def update_teacher(
 
 
 class _Passes(nn.Module):
-    "What the teacher computes, as one module that `functional_call` can call: features of all images, predictions for the first few."
+    """What the teacher computes, as one module that `functional_call` can call.
+
+    Features of all images, predictions for the first few."""
 
     def __init__(self, segmenter):
         super().__init__()
@@ -44,33 +46,39 @@ class _Passes(nn.Module):
 
 @torch.no_grad()
 def run_teacher(
-    segmenter: nn.Module,    # the student, whose modules are used
-    teacher: dict,    # the averaged parameters to use in them
-    images: torch.Tensor,    # (B, 3, H, W) in [0, 1]
-    heads: int | None = None,    # predict only for the first `heads` images; None: for all
+    segmenter: nn.Module,  # the student, whose modules are used
+    teacher: dict,  # the averaged parameters to use in them
+    images: torch.Tensor,  # (B, 3, H, W) in [0, 1]
+    heads: int | None = None,  # predict only for the first `heads` images; None: for all
 ) -> tuple:
-    "Features (four maps of all images) and `HeadOutput` (of the first `heads` images) of the teacher, in eval mode and without gradient. The student is left as it was."
+    """Features (four maps of all images) and `HeadOutput` (of the first `heads` images) of the teacher, in eval mode
+    and without gradient. The student is left as it was."""
     training = segmenter.training
     segmenter.eval()
     try:
         parameters = {f"segmenter.{name}": value for name, value in teacher.items()}
-        return torch.func.functional_call(_Passes(segmenter), parameters, (images, len(images) if heads is None else heads))
+        return torch.func.functional_call(_Passes(segmenter), parameters,
+            (images, len(images) if heads is None else heads))
     finally:
         segmenter.train(training)
 
 
 @contextlib.contextmanager
 def use_weights(
-    segmenter: nn.Module,    # whose trained parameters are lent out
-    weights: dict,    # tensors by name, for every trained parameter: a teacher
+    segmenter: nn.Module,  # whose trained parameters are lent out
+    weights: dict,  # tensors by name, for every trained parameter: a teacher
 ):
-    "Within this context the segmenter has other weights, to evaluate or save them; afterwards its own again, whatever happened."
+    """Within this context the segmenter has other weights, to evaluate or save them.
+
+    Afterwards its own again, whatever happened."""
     own = {name: p for name, p in segmenter.named_parameters() if p.requires_grad}
     kept = {name: p.detach().clone() for name, p in own.items()}
     try:
         with torch.no_grad():
-            for name, p in own.items(): p.copy_(weights[name])
+            for name, p in own.items():
+                p.copy_(weights[name])
         yield segmenter
     finally:
         with torch.no_grad():
-            for name, p in own.items(): p.copy_(kept[name])
+            for name, p in own.items():
+                p.copy_(kept[name])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import functional as F, InterpolationMode
+from torchvision.transforms.v2 import InterpolationMode, functional as F
 
 from ..data.catalog import open_dataset
 from ..data.cityscapes_c import CORRUPTION_GROUPS, CORRUPTIONS, SEVERITIES
@@ -48,48 +48,63 @@ def predictions(
     shrink: int = 1,  # first make image and label so many times smaller
     indices=None,  # of the images to predict; None: all
 ):
-    """Yield `(name, prediction, label, image)` for each image: uint8 (H, W) trainIds on `device`, uint8 (H, W) or None, uint8 (3, H, W).
+    """Yield `(name, prediction, label, image)` for each image.
 
-    The segmenter is in eval mode meanwhile and put back afterwards, also when this is left early. ValueError where both `size` and `fit` are given."""
-    if size is not None and fit is not None: raise ValueError(f"size={size} and fit={fit}: name one of them")
-    if device is None: device = next((p.device for p in segmenter.parameters()), "cpu")
+    Uint8 (H, W) trainIds on `device`, uint8 (H, W) or None, uint8 (3, H, W).
+
+    The segmenter is in eval mode meanwhile and put back afterwards, also when this is left early. ValueError where both
+    `size` and `fit` are given."""
+    if size is not None and fit is not None:
+        raise ValueError(f"size={size} and fit={fit}: name one of them")
+    if device is None:
+        device = next((p.device for p in segmenter.parameters()), "cpu")
     training = segmenter.training
     segmenter.eval()
     try:
         for images, kept in _batches(dataset, size, fit, shrink, batch, progress, indices):
             with torch.inference_mode():
                 scores = segmenter.predict(images.to(device).float() / 255, window=window, stride=stride)
-                found = [_resized(score, image.shape[-2:]).argmax(0).to(torch.uint8) for score, (_, _, image) in zip(scores, kept)]
+                found = [_resized(score, image.shape[-2:]).argmax(0).to(torch.uint8) for score,
+                    (_, _, image) in zip(scores, kept)]
             del scores
-            for prediction, (name, label, image) in zip(found, kept): yield name, prediction, label, image
-    finally: segmenter.train(training)
+            for prediction, (name, label, image) in zip(found, kept):
+                yield name, prediction, label, image
+    finally:
+        segmenter.train(training)
 
 
 def _resized(score, shape):
-    return score if score.shape[-2:] == shape else interpolate(score[None], shape, mode="bilinear", align_corners=False)[0]
+    return score if score.shape[-2:] == shape else interpolate(score[None], shape, mode="bilinear",
+        align_corners=False)[0]
 
 
 def _batches(dataset, size, fit, shrink, batch, progress, indices):
     "Stacks of images as the model sees them, equal in size, and `(name, label, image)` of each."
     inputs, kept = [], []
-    for i in _progress(range(len(dataset)) if indices is None else indices, f"{dataset.name}/{dataset.split}", progress):
+    for i in _progress(range(len(dataset)) if indices is None else indices, f"{dataset.name}/{dataset.split}",
+            progress):
         image, label, name = dataset[i]
         image, label = image.as_subclass(torch.Tensor), None if label is None else label.as_subclass(torch.Tensor)
-        if shrink != 1:  # as the field halves Mapillary: bicubic with antialiasing, labels to the nearest pixel's centre
+        # as the field halves Mapillary: bicubic with antialiasing, labels to the nearest pixel's centre
+        if shrink != 1:
             smaller = [s // shrink for s in image.shape[-2:]]
             image = F.resize(image, smaller, InterpolationMode.BICUBIC, antialias=True)
-            if label is not None: label = F.resize(label[None], smaller, InterpolationMode.NEAREST_EXACT)[0]
+            if label is not None:
+                label = F.resize(label[None], smaller, InterpolationMode.NEAREST_EXACT)[0]
         seen = size if fit is None else short_edge_size(*image.shape[-2:], min(fit), max(fit))
         x = image if seen is None else resize_image(image, seen)
         if inputs and (len(inputs) == batch or x.shape != inputs[0].shape):
             yield torch.stack(inputs), kept
             inputs, kept = [], []
-        inputs.append(x); kept.append((name, label, image))
-    if inputs: yield torch.stack(inputs), kept
+        inputs.append(x)
+        kept.append((name, label, image))
+    if inputs:
+        yield torch.stack(inputs), kept
 
 
 def _progress(items, what, show):
-    if not show: yield from items
+    if not show:
+        yield from items
     elif sys.stderr.isatty():
         from tqdm import tqdm
         yield from tqdm(items, desc=what, unit="image")
@@ -115,26 +130,41 @@ def evaluate(
     shrink: int = 1,  # first make image and label so many times smaller
     save=None,  # a folder for the predictions
 ) -> dict:
-    """`iou` {class name: float}, NaN for classes that are absent or that the set does not label; `miou` over the others; `pixel_accuracy`; `images`; `confusion` (K, K) as a list, rows = truth.
+    """`iou` {class name: float}, NaN for classes that are absent or that the set does not label.
 
-    Figures are fractions in [0, 1]. Under `torchrun` all processes call this together: each takes its share of the batches, and all get the result. ValueError for a dataset without labels, of another number of classes, or that leaves bad files out (`on_error`): their stand-ins would be counted twice."""
+    `miou` over the others; `pixel_accuracy`; `images`; `confusion` (K, K) as a list, rows = truth.
+
+    Figures are fractions in [0, 1]. Under `torchrun` all processes call this together: each takes its share of the
+    batches, and all get the result. ValueError for a dataset without labels, of another number of classes, or that
+    leaves bad files out (`on_error`): their stand-ins would be counted twice."""
     from torchmetrics.classification import MulticlassConfusionMatrix
     what, K = f"{dataset.name}/{dataset.split}", segmenter.num_classes
-    if not dataset.labelled: raise ValueError(f"evaluate: {what} was opened without labels; open it with labels=True")
-    if dataset.on_error != "stop": raise ValueError(f"evaluate: {what} was opened with on_error={dataset.on_error!r}, which puts other images in the place of bad ones; open it with on_error='stop' (python -m reinpp.data.check lists what is bad)")
-    if K != len(dataset.classes): raise ValueError(f"evaluate: the segmenter has {K} classes and {what} has {len(dataset.classes)}; they must be the same")
-    if device is None: device = next((p.device for p in segmenter.parameters()), "cpu")
+    if not dataset.labelled:
+        raise ValueError(f"evaluate: {what} was opened without labels; open it with labels=True")
+    if dataset.on_error != "stop":
+        raise ValueError(
+            f"evaluate: {what} was opened with on_error={dataset.on_error!r}, which puts other images in the place "
+            "of bad ones; open it with on_error='stop' (python -m reinpp.data.check lists what is bad)")
+    if K != len(dataset.classes):
+        raise ValueError(
+            f"evaluate: the segmenter has {K} classes and {what} has {len(dataset.classes)}; they must be the same")
+    if device is None:
+        device = next((p.device for p in segmenter.parameters()), "cpu")
     confusion = MulticlassConfusionMatrix(K, ignore_index=IGNORE, validate_args=False, sync_on_compute=False).to(device)
     rank, world_size = get_rank(), get_world_size()
-    share = [i for i in range(len(dataset)) if i // batch % world_size == rank]  # whole batches, as one process makes them of images of one size: what is in one decides about the last bits
-    with contextlib.closing(predictions(segmenter, dataset, window, stride, size, batch, device, progress and rank == 0, fit, shrink, share)) as stream:
+    # whole batches, as one process makes them of images of one size: what is in one decides about the last bits
+    share = [i for i in range(len(dataset)) if i // batch % world_size == rank]
+    with contextlib.closing(predictions(segmenter, dataset, window, stride, size, batch, device, progress and rank == 0,
+            fit, shrink, share)) as stream:
         for name, prediction, label, image in stream:
             confusion.update(prediction.long(), label.to(device).long())
-            if save is not None: save_prediction(save, name, prediction, image)
+            if save is not None:
+                save_prediction(save, name, prediction, image)
     matrix = all_gather(confusion.compute()[None]).sum(0).cpu()
     iou = iou_from_confusion(matrix)
     iou[[c for c in range(K) if c not in dataset.evaluated]] = torch.nan
-    return dict(iou=dict(zip(dataset.classes, iou.tolist())), miou=iou.nanmean().item(), pixel_accuracy=(matrix.diagonal().sum() / matrix.sum()).item(), images=len(dataset),
+    return dict(iou=dict(zip(dataset.classes, iou.tolist())), miou=iou.nanmean().item(),
+        pixel_accuracy=(matrix.diagonal().sum() / matrix.sum()).item(), images=len(dataset),
                 confusion=matrix.long().tolist())
 
 
@@ -146,9 +176,11 @@ def save_prediction(
 ) -> Path:  # of the trainIds
     "Write a prediction as an 8-bit PNG of trainIds, and as a picture."
     import io
+
     from PIL import Image
     prediction = prediction.cpu().numpy()
-    shown = {"trainids": prediction} | ({} if image is None else {"colour": overlay(image.permute(1, 2, 0).cpu().numpy(), prediction)})
+    shown = {"trainids": prediction} | ({} if image is None
+        else {"colour": overlay(image.permute(1, 2, 0).cpu().numpy(), prediction)})
     for kind, pixels in shown.items():
         path = Path(folder) / kind / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,14 +199,17 @@ def predict_to_folder(
 ) -> Path:  # the folder of trainIds
     "Predict every image of a set, for looking at or for a test server."
     with contextlib.closing(predictions(segmenter, dataset, **options)) as stream:
-        for name, prediction, _, image in stream: save_prediction(folder, name, prediction, image if pictures else None)
+        for name, prediction, _, image in stream:
+            save_prediction(folder, name, prediction, image if pictures else None)
     return Path(folder) / "trainids"
 
 # %% ../../nbs/33_evaluation.ipynb #8df6ff99
 _SIZES = {  # name -> model's size: how images come to it
     "gtav": {}, "synthia": {}, "urbansyn": {},  # as they are
-    "cityscapes": dict(size=(1024, 2048)), "cityscapes_c": dict(size=(1024, 2048)), "bdd100k": dict(size=(720, 1280)), "mapillary": dict(fit=(2048, 1024), shrink=2),
-    "acdc": {512: dict(size=(540, 960)), 1024: dict(size=(1080, 1920))}, "darkzurich": {512: dict(size=(540, 960)), 1024: dict(size=(1080, 1920))},
+    "cityscapes": dict(size=(1024, 2048)), "cityscapes_c": dict(size=(1024, 2048)), "bdd100k": dict(size=(720, 1280)),
+    "mapillary": dict(fit=(2048, 1024), shrink=2),
+    "acdc": {512: dict(size=(540, 960)), 1024: dict(size=(1080, 1920))},
+    "darkzurich": {512: dict(size=(540, 960)), 1024: dict(size=(1080, 1920))},
 }
 _CVPR24 = {"cityscapes": dict(size=(512, 1024)), "mapillary": dict(fit=(1024, 512), shrink=2)}
 PROTOCOL_SETS = tuple(_SIZES)
@@ -187,8 +222,12 @@ def protocol(
     cvpr24: bool = False,  # the CVPR'24 code's smaller Cityscapes and Mapillary
 ) -> dict:  # window, stride, and size, or fit and shrink: arguments of `evaluate`
     "How the paper's line of work shows a set to a model. ValueError for another name or size."
-    if name not in _SIZES: raise ValueError(f"no protocol for {name!r}; there are {', '.join(_SIZES)}. Give evaluate a window, stride and size of your own")
-    if model_size not in (512, 1024): raise ValueError(f"model_size={model_size}: the protocols are for models of 512 and 1024")
+    if name not in _SIZES:
+        raise ValueError(
+            f"no protocol for {name!r}; there are {', '.join(_SIZES)}. Give evaluate a window, stride and size of "
+            "your own")
+    if model_size not in (512, 1024):
+        raise ValueError(f"model_size={model_size}: the protocols are for models of 512 and 1024")
     sizes = _CVPR24[name] if cvpr24 and name in _CVPR24 else _SIZES[name]
     return dict(window=model_size, stride=dict([(512, 341), (1024, 683)])[model_size]) | sizes.get(model_size, sizes)
 
@@ -196,12 +235,19 @@ def protocol(
 def average(
     results: dict,  # name -> what `evaluate` returned
 ) -> dict:
-    "One result of several: the means of `miou`, `pixel_accuracy` and each class's IoU (over those that have it), the sums of images and confusions, and the `parts` themselves."
+    """One result of several.
+
+    The means of `miou`, `pixel_accuracy` and each class's IoU (over those that have it), the sums of images and
+    confusions, and the `parts` themselves."""
     parts = list(results.values())
-    if not parts: raise ValueError("average: no results given")
-    mean = lambda values: torch.tensor(list(values), dtype=torch.float64).nanmean().item()
-    return dict(iou={c: mean(r["iou"][c] for r in parts) for c in parts[0]["iou"]}, miou=mean(r["miou"] for r in parts), pixel_accuracy=mean(r["pixel_accuracy"] for r in parts),
-                images=sum(r["images"] for r in parts), confusion=sum(torch.tensor(r["confusion"]) for r in parts).tolist(), parts=dict(results))
+    if not parts:
+        raise ValueError("average: no results given")
+    def mean(values):
+        return torch.tensor(list(values), dtype=torch.float64).nanmean().item()
+    return dict(iou={c: mean(r["iou"][c] for r in parts) for c in parts[0]["iou"]}, miou=mean(r["miou"] for r in parts),
+        pixel_accuracy=mean(r["pixel_accuracy"] for r in parts),
+                images=sum(r["images"] for r in parts),
+                confusion=sum(torch.tensor(r["confusion"]) for r in parts).tolist(), parts=dict(results))
 
 
 def evaluate_set(
@@ -215,7 +261,9 @@ def evaluate_set(
 ) -> dict:  # as `evaluate`; ACDC's has `parts`, one per condition
     "Evaluate on a set by name, under its protocol. ACDC without a condition in `split` is the mean over its four."
     options = protocol(name, model_size, cvpr24) | options
-    if name == "acdc" and "/" not in split: return average({c: evaluate_set(segmenter, name, f"{c}/{split}", root, model_size, cvpr24, **options) for c in CONDITIONS})
+    if name == "acdc" and "/" not in split:
+        return average(
+            {c: evaluate_set(segmenter, name, f"{c}/{split}", root, model_size, cvpr24, **options) for c in CONDITIONS})
     return evaluate(segmenter, open_dataset(name, split, root, on_error="stop"), **options)
 
 # %% ../../nbs/33_evaluation.ipynb #b30268e0
@@ -227,9 +275,12 @@ def mean_iou(
     result: dict,  # of `evaluate`
     classes=SYNTHIA_16,  # names that count
 ) -> float:
-    "Mean IoU over some of the classes, in [0, 1]; absent ones are left out. ValueError for a name that the result lacks."
+    """Mean IoU over some of the classes, in [0, 1]; absent ones are left out.
+
+    ValueError for a name that the result lacks."""
     unknown = [c for c in classes if c not in result["iou"]]
-    if unknown: raise ValueError(f"mean_iou: no class {unknown[0]!r} in this result; there are {', '.join(result['iou'])}")
+    if unknown:
+        raise ValueError(f"mean_iou: no class {unknown[0]!r} in this result; there are {', '.join(result['iou'])}")
     return torch.tensor([result["iou"][c] for c in classes], dtype=torch.float64).nanmean().item()
 
 
@@ -237,14 +288,18 @@ def summarize(
     results: dict,  # name -> what `evaluate` or `evaluate_set` returned
     per_class: bool = True,  # a column per class, besides the mean's
 ):
-    "A pandas table in percent: a row per set (ACDC's conditions below it), then their average. A class that no set has is left out."
+    """A pandas table in percent: a row per set (ACDC's conditions below it), then their average.
+
+    A class that no set has is left out."""
     import pandas as pd
     rows = {}
     for name, r in results.items():
         rows[name] = r
         rows |= {f"- {part}": p for part, p in r.get("parts", {}).items()}
-    if len(results) > 1: rows["average"] = average(results)
-    table = pd.DataFrame({name: ({c: 100 * v for c, v in r["iou"].items()} if per_class else {}) | {"mIoU": 100 * r["miou"], "images": r["images"]} for name, r in rows.items()}).T
+    if len(results) > 1:
+        rows["average"] = average(results)
+    table = pd.DataFrame({name: ({c: 100 * v for c, v in r["iou"].items()} if per_class else {})
+        | {"mIoU": 100 * r["miou"], "images": r["images"]} for name, r in rows.items()}).T
     return table.dropna(axis=1, how="all").astype({"images": int})
 
 # %% ../../nbs/33_evaluation.ipynb #5aac138a
@@ -259,8 +314,11 @@ def show_confusion(
     names = [list(result["iou"])[c] for c in keep]
     matrix = matrix[keep][:, keep]
     ax.imshow(matrix / matrix.sum(1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6); ax.set_yticks(range(len(names)), names, fontsize=6)
-    ax.set_xlabel("predicted", fontsize=7); ax.set_ylabel("true", fontsize=7); ax.set_title(title, fontsize=8)
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    ax.set_yticks(range(len(names)), names, fontsize=6)
+    ax.set_xlabel("predicted", fontsize=7)
+    ax.set_ylabel("true", fontsize=7)
+    ax.set_title(title, fontsize=8)
 
 # %% ../../nbs/33_evaluation.ipynb #6d597785
 def evaluate_corruptions(
@@ -272,16 +330,22 @@ def evaluate_corruptions(
     **options,  # of `evaluate`
 ) -> dict:  # {(corruption, severity): what `evaluate` returned}
     "Evaluate on Cityscapes-C from disk under Cityscapes' protocol. Splits are `<corruption>/<severity>`."
-    return {(c, s): evaluate_set(segmenter, "cityscapes_c", f"{c}/{s}", root, model_size, **options) for c in corruptions for s in severities}
+    return {(c, s): evaluate_set(segmenter, "cityscapes_c", f"{c}/{s}", root, model_size, **options)
+        for c in corruptions for s in severities}
 
 
 def corruption_table(
     results: dict,  # {(corruption, severity): what `evaluate` returned, or an mIoU in [0, 1]}
 ):
-    "A pandas table of mIoU in percent: a row per severity and their mean, a column per corruption, in groups, and the mean over corruptions."
+    """A pandas table of mIoU in percent.
+
+    A row per severity and their mean, a column per corruption, in groups, and the mean over corruptions."""
     import pandas as pd
-    miou = lambda r: 100 * (r["miou"] if isinstance(r, dict) else r)
-    table = pd.DataFrame({(group, c): {s: miou(results[c, s]) for s in SEVERITIES if (c, s) in results} for group, names in CORRUPTION_GROUPS.items() for c in names if any((c, s) in results for s in SEVERITIES)})
+    def miou(r):
+        return 100 * (r["miou"] if isinstance(r, dict) else r)
+    table = pd.DataFrame({(group, c): {s: miou(results[c, s]) for s in SEVERITIES if (c, s) in results} for group,
+        names in CORRUPTION_GROUPS.items() for c in names if any((c, s) in results for s in SEVERITIES)})
     table[("all", "mean")] = table.mean(axis=1, skipna=False)
-    if len(table) > 1: table.loc["mean"] = table.mean(skipna=False)
+    if len(table) > 1:
+        table.loc["mean"] = table.mean(skipna=False)
     return table

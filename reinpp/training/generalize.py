@@ -34,8 +34,10 @@ class Generalize:
         augment: str | None = None,  # "pasta" or "advstyle": rivals' augmentation of the batch
         ema: float | None = None,  # average the trained weights, with this share of the old average; None: no average
     ):
-        if augment not in (None, "pasta", "advstyle"): raise ValueError(f"Generalize: augment={augment!r}: use 'pasta', 'advstyle' or None")
-        if ema is not None and not 0 <= ema < 1: raise ValueError(f"Generalize: ema={ema}: a share from 0 to below 1, such as 0.999")
+        if augment not in (None, "pasta", "advstyle"):
+            raise ValueError(f"Generalize: augment={augment!r}: use 'pasta', 'advstyle' or None")
+        if ema is not None and not 0 <= ema < 1:
+            raise ValueError(f"Generalize: ema={ema}: a share from 0 to below 1, such as 0.999")
         self.augment, self.ema, self.teacher = augment, ema, None if ema is None else start_teacher(segmenter)
         self.segmenter, self.source, self.transform, self.num_points = segmenter, source, transform, num_points
         self.sampler = sampler or Sampler(source)
@@ -51,7 +53,8 @@ class Generalize:
     def step(self, batch: dict, iteration: int) -> dict[str, torch.Tensor]:
         "Forward and backward of one batch; the loss terms, detached."
         images, labels = self._augmented(batch["image"], batch["label"])
-        with self.autocast(): output = self.segmenter(images)
+        with self.autocast():
+            output = self.segmenter(images)
         loss = segmentation_loss(output, labels, self.segmenter.num_classes, self.num_points)
         loss["total"].backward()
         return {name: value.detach() for name, value in loss.items()}
@@ -64,19 +67,29 @@ class Generalize:
         return images, labels
 
     def _style_loss(self, images, labels):
-        "What AdvStyle climbs: a mean over pixels, of the whole batch of all processes; with masks, of their semantic scores."
-        with self.autocast(): output = self.segmenter(images)
-        if isinstance(output, torch.Tensor): loss = segmentation_loss(output, labels, self.segmenter.num_classes)["total"]
-        else: loss = normalized_score_loss(semantic_scores(output.class_logits[-1], output.mask_logits[-1]), labels, torch.ones_like(labels, dtype=torch.float32))
+        """What AdvStyle climbs: a mean over pixels, of the whole batch of all processes.
+
+        With masks, of their semantic scores."""
+        with self.autocast():
+            output = self.segmenter(images)
+        if isinstance(output, torch.Tensor):
+            loss = segmentation_loss(output, labels, self.segmenter.num_classes)["total"]
+        else:
+            loss = normalized_score_loss(semantic_scores(output.class_logits[-1], output.mask_logits[-1]), labels,
+                torch.ones_like(labels, dtype=torch.float32))
         return loss / get_world_size()
 
     def after_step(self, iteration: int) -> None:
         "After the optimiser's step the average follows, if there is one."
-        if self.teacher is not None: update_teacher(self.teacher, self.segmenter, self.ema)
+        if self.teacher is not None:
+            update_teacher(self.teacher, self.segmenter, self.ema)
 
     def teacher_weights(self):
-        "Within this context the segmenter has the averaged weights: to evaluate or save them. Raises ValueError without `ema`."
-        if self.teacher is None: raise ValueError("Generalize: there are no averaged weights; make it with ema=0.999")
+        """Within this context the segmenter has the averaged weights: to evaluate or save them.
+
+        Raises ValueError without `ema`."""
+        if self.teacher is None:
+            raise ValueError("Generalize: there are no averaged weights; make it with ema=0.999")
         return use_weights(self.segmenter, self.teacher)
 
     def named_trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -86,17 +99,23 @@ class Generalize:
     def to(self, device) -> "Generalize":
         "Move segmenter and average."
         self.segmenter.to(device)
-        if self.teacher is not None: self.teacher = {n: t.to(device) for n, t in self.teacher.items()}
+        if self.teacher is not None:
+            self.teacher = {n: t.to(device) for n, t in self.teacher.items()}
         return self
 
     def state_dict(self) -> dict:
         "Trained parameters by name, and their averages as `ema.*`."
-        return {n: p.detach() for n, p in self.named_trainables()} | {f"ema.{n}": t for n, t in (self.teacher or {}).items()}
+        return {n: p.detach() for n, p in self.named_trainables()} | {f"ema.{n}": t for n,
+            t in (self.teacher or {}).items()}
 
     def load_state_dict(self, state: dict) -> None:
         "Take up a `state_dict`. Raises ValueError if it is of another configuration."
         own = self.state_dict()
         wrong = sorted(own.keys() ^ state.keys())
-        if wrong: raise ValueError(f"Generalize: the checkpoint does not fit: {len(wrong)} tensors differ, first {wrong[0]}; another adapter or head, or made with another choice of ema?")
+        if wrong:
+            raise ValueError(
+                f"Generalize: the checkpoint does not fit: {len(wrong)} tensors differ, first {wrong[0]}; another "
+                "adapter or head, or made with another choice of ema?")
         with torch.no_grad():
-            for n, t in own.items(): t.copy_(state[n])
+            for n, t in own.items():
+                t.copy_(state[n])

@@ -32,39 +32,53 @@ class Server:
 
 _FRAME = r"\w+_frame_\d{6}"
 SERVERS = {
-    "cityscapes": Server(r"[^_]+_\d{6}_\d{6}", {"": "labels"}, (1024, 2048), 1525, 100_000_000, "https://www.cityscapes-dataset.com/submit/"),
-    "acdc": Server(_FRAME, {"labelTrainIds": "trainids"}, (1080, 1920), 2000, None, "https://acdc.vision.ee.ethz.ch/submit"),
-    "darkzurich": Server(_FRAME, {"labelTrainIds": "trainids", "labelTrainIds_invalid": "invalid", "confidence": "confidence"}, (1080, 1920), 151, None,
+    "cityscapes": Server(r"[^_]+_\d{6}_\d{6}", {"": "labels"}, (1024, 2048), 1525, 100_000_000,
+    "https://www.cityscapes-dataset.com/submit/"),
+    "acdc": Server(_FRAME, {"labelTrainIds": "trainids"}, (1080, 1920), 2000, None,
+    "https://acdc.vision.ee.ethz.ch/submit"),
+    "darkzurich": Server(_FRAME, {"labelTrainIds": "trainids", "labelTrainIds_invalid": "invalid",
+    "confidence": "confidence"}, (1080, 1920), 151, None,
                          "https://codalab.lisn.upsaclay.fr/competitions/3783"),
 }
 _LABEL_IDS = np.array([{t: i for i, t in ID_MAPS["cityscapes"].items()}[c] for c in range(len(CLASSES))], np.uint8)
 
 
 def _server(name):
-    if name not in SERVERS: raise ValueError(f"no test server {name!r}; there are {', '.join(SERVERS)}")
+    if name not in SERVERS:
+        raise ValueError(f"no test server {name!r}; there are {', '.join(SERVERS)}")
     return SERVERS[name]
 
 
 def _refuse(what, problems):
-    if problems: raise ValueError(f"{what}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n  " + "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20)))
+    if problems:
+        raise ValueError(f"{what}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n  "
+            + "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20)))
 
 
 def _frames(server, dataset, partial):
-    "{what the server looks for: the image's file name} of each image. ValueError for names it could not find or tell apart."
+    """{what the server looks for: the image's file name} of each image.
+
+    ValueError for names it could not find or tell apart."""
     found, problems = {}, []
     for name in dataset.reader.names:
         stem = Path(str(name)).name.removesuffix(".png")
         match = re.match(server.frame, stem)
-        if not match: problems.append(f"{name}: the server looks for names that begin like {server.frame}")
-        elif match[0] in found: problems.append(f"{name}: the server could not tell it from {found[match[0]]}")
-        else: found[match[0]] = f"{stem}.png"
+        if not match:
+            problems.append(f"{name}: the server looks for names that begin like {server.frame}")
+        elif match[0] in found:
+            problems.append(f"{name}: the server could not tell it from {found[match[0]]}")
+        else:
+            found[match[0]] = f"{stem}.png"
     if len(dataset) != server.images and not partial:
-        problems.append(f"{len(dataset)} images; the server wants predictions for all {server.images:,} of its test split (partial=True writes an archive of fewer, to try things out)")
+        problems.append(
+            f"{len(dataset)} images; the server wants predictions for all {server.images:,} of its test split "
+            "(partial=True writes an archive of fewer, to try things out)")
     _refuse(f"{dataset.name}/{dataset.split}", problems)
     return found
 
 # %% ../../nbs/34_submissions.ipynb #324194df
-_ALLOWED = {"labels": np.isin(np.arange(256), _LABEL_IDS), "trainids": np.arange(256) < len(CLASSES), "invalid": (np.arange(256) < len(CLASSES)) | (np.arange(256) == IGNORE)}
+_ALLOWED = {"labels": np.isin(np.arange(256), _LABEL_IDS), "trainids": np.arange(256) < len(CLASSES),
+    "invalid": (np.arange(256) < len(CLASSES)) | (np.arange(256) == IGNORE)}
 
 
 def check_submission(
@@ -76,38 +90,51 @@ def check_submission(
     "Open an archive and check every file in it as the server would. ValueError with the list of what is wrong."
     rules, path = _server(server), Path(archive)
     frames = _frames(rules, dataset, partial)
-    try: file = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error: raise ValueError(f"{path}: no zip archive ({error}); write it again") from None
+    try:
+        file = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: no zip archive ({error}); write it again") from None
     problems, bytes_ = [], path.stat().st_size
-    if rules.limit and bytes_ > rules.limit: problems.append(f"{bytes_ / 1e6:.0f} MB; the server takes at most {rules.limit / 1e6:.0f}")
+    if rules.limit and bytes_ > rules.limit:
+        problems.append(f"{bytes_ / 1e6:.0f} MB; the server takes at most {rules.limit / 1e6:.0f}")
     with file:
         inside = {}
         for member in file.namelist():
             if member.endswith("/"): continue
             folder = Path(member).parent.as_posix() if rules.folders.keys() != {""} else ""  # Cityscapes: any folder
             match = re.match(rules.frame, Path(member).name)
-            if folder not in rules.folders or not match or not member.endswith(".png") or match[0] not in frames: problems.append(f"{member}: belongs to no image of {dataset.name}/{dataset.split}")
-            else: inside.setdefault((folder, match[0]), []).append(member)
+            if folder not in rules.folders or not match or not member.endswith(".png") or match[0] not in frames:
+                problems.append(f"{member}: belongs to no image of {dataset.name}/{dataset.split}")
+            else:
+                inside.setdefault((folder, match[0]), []).append(member)
         for folder, kind in rules.folders.items():
             for frame, name in frames.items():
                 members = inside.get((folder, frame), [])
-                if len(members) != 1: problems.append(f"{folder}/{name}: ".lstrip("/") + ("missing" if not members else f"{len(members)} files for it: {', '.join(members)}"))
-                else: problems += [f"{members[0]}: {p}" for p in _wrong(file.read(members[0]), kind, rules.size)]
+                if len(members) != 1:
+                    problems.append(f"{folder}/{name}: ".lstrip("/")
+                        + ("missing" if not members else f"{len(members)} files for it: {', '.join(members)}"))
+                else:
+                    problems += [f"{members[0]}: {p}" for p in _wrong(file.read(members[0]), kind, rules.size)]
     _refuse(path.name, problems)
     return dict(images=len(frames), bytes=bytes_)
 
 
 def _wrong(data, kind, size):
     from PIL import Image
-    try: image = np.asarray(Image.open(io.BytesIO(data)))
-    except (OSError, SyntaxError) as error: return [f"cannot be read as an image ({error})"]
+    try:
+        image = np.asarray(Image.open(io.BytesIO(data)))
+    except (OSError, SyntaxError) as error:
+        return [f"cannot be read as an image ({error})"]
     wanted = np.uint16 if kind == "confidence" else np.uint8
-    if image.ndim != 2 or image.dtype != wanted: return [f"{image.dtype} of shape {image.shape}; wanted is one channel of {np.dtype(wanted).name}"]
-    if image.shape != size: return [f"{image.shape[1]}x{image.shape[0]}; wanted is {size[1]}x{size[0]}"]
+    if image.ndim != 2 or image.dtype != wanted:
+        return [f"{image.dtype} of shape {image.shape}; wanted is one channel of {np.dtype(wanted).name}"]
+    if image.shape != size:
+        return [f"{image.shape[1]}x{image.shape[0]}; wanted is {size[1]}x{size[0]}"]
     if kind == "confidence": return []
     seen = np.flatnonzero(np.bincount(image.ravel(), minlength=256))
     other = seen[~_ALLOWED[kind][seen]]
-    return [f"value {other[0]} is no {'label id of an evaluated class' if kind == 'labels' else 'trainId'}"] if len(other) else []
+    return [f"value {other[0]} is no {'label id of an evaluated class' if kind == 'labels' else 'trainId'}"] if len(
+        other) else []
 
 # %% ../../nbs/34_submissions.ipynb #8df7fc31
 def write_submission(
@@ -117,11 +144,14 @@ def write_submission(
     archive,  # path of the zip; an existing one is replaced
     partial: bool = False,  # the dataset may be a part of the test split
 ) -> dict:  # images, bytes
-    "Convert predictions to the server's form and pack them. ValueError with the list of what is missing, doubled or wrong; nothing is written then."
+    """Convert predictions to the server's form and pack them.
+
+    ValueError with the list of what is missing, doubled or wrong; nothing is written then."""
     rules, path = _server(server), Path(archive)
     frames = _frames(rules, dataset, partial)
     names = {Path(str(n)).name.removesuffix(".png"): frame for frame, n in frames.items()}
-    if isinstance(predictions, (str, Path)): predictions = _from_folder(Path(predictions), dataset)
+    if isinstance(predictions, (str, Path)):
+        predictions = _from_folder(Path(predictions), dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     done, problems = set(), []
@@ -130,24 +160,35 @@ def write_submission(
             for name, found in predictions:
                 stem = Path(str(name)).name.removesuffix(".png")
                 found = np.asarray(found.cpu() if hasattr(found, "cpu") else found)
-                if stem not in names: problems.append(f"{name}: no such image in {dataset.name}/{dataset.split}")
-                elif stem in done: problems.append(f"{name}: came twice")
-                elif found.shape != rules.size: problems.append(f"{name}: the prediction is {'x'.join(map(str, found.shape[::-1]))}; the server wants {rules.size[1]}x{rules.size[0]}")
-                elif not np.issubdtype(found.dtype, np.integer) or found.min() < 0 or found.max() >= len(CLASSES): problems.append(f"{name}: {found.dtype} from {found.min()} to {found.max()}; wanted are trainIds, 0 to {len(CLASSES) - 1}")
+                if stem not in names:
+                    problems.append(f"{name}: no such image in {dataset.name}/{dataset.split}")
+                elif stem in done:
+                    problems.append(f"{name}: came twice")
+                elif found.shape != rules.size:
+                    problems.append(
+                        f"{name}: the prediction is {'x'.join(map(str, found.shape[::-1]))}; the server wants "
+                        f"{rules.size[1]}x{rules.size[0]}")
+                elif not np.issubdtype(found.dtype, np.integer) or found.min() < 0 or found.max() >= len(CLASSES):
+                    problems.append(
+                        f"{name}: {found.dtype} from {found.min()} to {found.max()}; wanted are trainIds, 0 to "
+                        f"{len(CLASSES) - 1}")
                 else:
-                    for folder, kind in rules.folders.items(): file.writestr(f"{folder}/{frames[names[stem]]}".lstrip("/"), _png(found.astype(np.uint8), kind))
+                    for folder, kind in rules.folders.items():
+                        file.writestr(f"{folder}/{frames[names[stem]]}".lstrip("/"), _png(found.astype(np.uint8), kind))
                 done.add(stem)
         problems += [f"{name}: no prediction" for name in names if name not in done]
         _refuse(f"{path.name} was not written", problems)
         result = check_submission(server, temporary, dataset, partial)
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
     return result
 
 
 def _png(trainids, kind):
     from PIL import Image
-    pixels = {"labels": lambda: _LABEL_IDS[trainids], "confidence": lambda: np.full(trainids.shape, 65535, np.uint16)}.get(kind, lambda: trainids)()
+    pixels = {"labels": lambda: _LABEL_IDS[trainids], "confidence": lambda: np.full(trainids.shape, 65535,
+        np.uint16)}.get(kind, lambda: trainids)()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -163,7 +204,12 @@ def _from_folder(folder, dataset):
 def _trainids(path):
     from PIL import Image
     try:
-        with Image.open(path) as image: pixels = np.asarray(image)
-    except (OSError, SyntaxError) as error: raise ValueError(f"{path}: cannot be read as an image ({error}); predict it again") from None
-    if image.mode not in ("L", "P"): raise ValueError(f"{path}: mode {image.mode}; wanted is one channel of 8 bits that holds trainIds, as predict_to_folder writes them")
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error}); predict it again") from None
+    if image.mode not in ("L", "P"):
+        raise ValueError(
+            f"{path}: mode {image.mode}; wanted is one channel of 8 bits that holds trainIds, as predict_to_folder "
+            "writes them")
     return pixels

@@ -24,18 +24,29 @@ from torch.utils.data import DataLoader, Dataset as TorchDataset, default_collat
 from ..data.sampling import fold
 from ..files import BadFile, write_atomically
 from ..models.segmenter import Segmenter
-from ..processes import all_gather, all_reduce_mean, barrier, get_rank, get_world_size, init_process_group, local_batch_size
+from reinpp.processes import (
+    all_gather,
+    all_reduce_mean,
+    barrier,
+    get_rank,
+    get_world_size,
+    init_process_group,
+    local_batch_size,
+)
 
 # %% ../../nbs/31_train.ipynb #354d4484
 class _Draws(TorchDataset):
     "Sample `key` of an objective, for a DataLoader."
 
-    def __init__(self, objective, seed: int): self.objective, self.seed = objective, seed
+    def __init__(self, objective, seed: int):
+        self.objective, self.seed = objective, seed
 
     def __getitem__(self, key: int) -> dict | BadFile:
         torch.manual_seed(fold(self.seed, key))
-        try: return self.objective.sample(key, self.seed)
-        except BadFile as error: return error  # for `fit` to raise: out of a worker it would come with a traceback in its message
+        try:
+            return self.objective.sample(key, self.seed)
+        except BadFile as error:
+            return error  # for `fit` to raise: out of a worker it would come with a traceback in its message
 
 
 def _batch(samples: list) -> dict | BadFile:
@@ -43,7 +54,8 @@ def _batch(samples: list) -> dict | BadFile:
     return next((sample for sample in samples if isinstance(sample, BadFile)), None) or default_collate(samples)
 
 # %% ../../nbs/31_train.ipynb #3cc186c2
-NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "prompts", "tokens_a", "tokens_b", "full_tokens", "adapter.scale")
+NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "prompts", "tokens_a", "tokens_b",
+    "full_tokens", "adapter.scale")
 
 
 def parameter_groups(
@@ -91,53 +103,76 @@ def fit(
     device: str | None = None,  # None: the GPU if there is one; under `torchrun` each process takes its own
     checkpoint_every: int = 500,  # iterations
     log_every: int = 50,  # iterations
-    pictures_every: int | None = None,  # iterations from one picture of a step (`ReinA.picture`) in run_dir/views/ to the next; None: none. The run does not depend on it
+    # iterations from one picture of a step (`ReinA.picture`) in run_dir/views/ to the next; None: none. The run does
+    # not depend on it
+    pictures_every: int | None = None,
     stop_at: int | None = None,  # end this call here, with a checkpoint; a later call goes on
     progress: str = "auto",  # "bar", "lines", "none"; "auto": a bar on a terminal, a line now and then elsewhere
 ) -> dict:  # the run's record: iterations, seconds, losses, device, precision, peak memory
-    """Train, from the last checkpoint in `run_dir` if there is one. Under `torchrun` all processes call this together, with the same weights, and share each batch.
+    """Train, from the last checkpoint in `run_dir` if there is one.
 
-    Raises `ValueError` when the checkpoint belongs to other settings, or when processes cannot share the batch or start differently; `TrainingError` when a loss is not finite in any process, `BadFile` when a sample cannot be read; the last checkpoint stays.
-    """
+    Under `torchrun` all processes call this together, with the same weights, and share each batch.
+
+    Raises `ValueError` when the checkpoint belongs to other settings, or when processes cannot share the batch or start
+    differently; `TrainingError` when a loss is not finite in any process, `BadFile` when a sample cannot be read; the
+    last checkpoint stays."""
     device = init_process_group(device)
     rank, world_size = get_rank(), get_world_size()
-    if precision == "auto": precision = "bf16" if device.type == "cuda" else "float32"
-    if precision not in ("bf16", "float32"): raise ValueError(f"precision={precision!r}: use 'auto', 'bf16' or 'float32'")
-    if iterations < 1 or batch_size < 1: raise ValueError(f"iterations={iterations}, batch_size={batch_size}: both must be at least 1")
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "float32"
+    if precision not in ("bf16", "float32"):
+        raise ValueError(f"precision={precision!r}: use 'auto', 'bf16' or 'float32'")
+    if iterations < 1 or batch_size < 1:
+        raise ValueError(f"iterations={iterations}, batch_size={batch_size}: both must be at least 1")
     share = local_batch_size(batch_size)
     if pictures_every is not None and (pictures_every < 1 or not run_dir or not hasattr(objective, "picture")):
-        raise ValueError(f"pictures_every={pictures_every}: give a number from 1 up, a run_dir to write to, and an objective that draws pictures (ReinA)")
+        raise ValueError(
+            f"pictures_every={pictures_every}: give a number from 1 up, a run_dir to write to, and an objective "
+            "that draws pictures (ReinA)")
     objective.segmenter.to(device).train()
-    if hasattr(objective, "to"): objective.to(device)
-    objective.autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
+    if hasattr(objective, "to"):
+        objective.to(device)
+    objective.autocast = (
+        lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
     named = dict(objective.named_trainables())
     optimizer = torch.optim.AdamW(parameter_groups(named.items(), lr, backbone_lr, weight_decay))
-    settings = dict(objective=type(objective).__name__, iterations=iterations, batch_size=batch_size, lr=lr, backbone_lr=backbone_lr, weight_decay=weight_decay,
-                    power=power, warmup=warmup, clip=clip, seed=seed, precision=precision, parameters=sum(p.numel() for p in named.values()))
+    settings = dict(objective=type(objective).__name__, iterations=iterations, batch_size=batch_size, lr=lr,
+        backbone_lr=backbone_lr, weight_decay=weight_decay,
+                    power=power, warmup=warmup, clip=clip, seed=seed, precision=precision,
+                    parameters=sum(p.numel() for p in named.values()))
 
     run = _Run(run_dir, writes=rank == 0)
     done, seconds, recent = run.resume(objective, optimizer, settings, device)
     _same_start(objective, done, device)
     end = min(iterations, stop_at or iterations)
-    keys = [key for start in range(done * batch_size + rank * share, end * batch_size, batch_size) for key in range(start, start + share)]
-    loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_batch, pin_memory=device.type == "cuda", persistent_workers=False)
+    keys = [key for start in range(done * batch_size + rank * share, end * batch_size, batch_size)
+        for key in range(start, start + share)]
+    loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_batch,
+        pin_memory=device.type == "cuda", persistent_workers=False)
     report = _Progress(progress, done, end, rank == 0)
-    if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     start, since = time.perf_counter(), []
     for iteration, batch in enumerate(loader, done):
-        if isinstance(batch, BadFile): raise batch
+        if isinstance(batch, BadFile):
+            raise batch
         factor = learning_rate(iteration, iterations, power, warmup)
-        for group in optimizer.param_groups: group["lr"] = group["initial_lr"] * factor
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         if pictures_every and iteration % pictures_every == 0:
             torch.manual_seed(fold(seed, iteration, 1))  # so that the picture mixes what the step will mix
             run.picture(objective.picture(batch), iteration)
         torch.manual_seed(fold(seed, iteration, 1))
         terms = _together(objective.step(batch, iteration), named, device)
-        if clip: torch.nn.utils.clip_grad_norm_(named.values(), clip)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(named.values(), clip)
         terms = {k: float(v) for k, v in terms.items()}
         bad = [k for k, v in terms.items() if not math.isfinite(v)]
-        if bad: raise TrainingError(f"iteration {iteration}: {', '.join(bad)} is not finite; the last checkpoint{run.where()} stays; lower lr ({lr}) or use precision='float32'")
+        if bad:
+            raise TrainingError(
+                f"iteration {iteration}: {', '.join(bad)} is not finite; the last checkpoint{run.where()} stays; "
+                f"lower lr ({lr}) or use precision='float32'")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         objective.after_step(iteration)
@@ -145,8 +180,10 @@ def fit(
         since.append(terms)
         last = iteration + 1 == end
         if (iteration + 1) % log_every == 0 or last:
-            run.log(dict(iteration=iteration + 1, seconds=round(seconds + time.perf_counter() - start, 2), lr=lr * factor,
-                         **{k: sum(v) / len(v) for k in terms if (v := [t[k] for t in since if k in t])}))  # a term may begin later
+            run.log(dict(iteration=iteration + 1, seconds=round(seconds + time.perf_counter() - start, 2),
+                lr=lr * factor,
+                         # a term may begin later
+                         **{k: sum(v) / len(v) for k in terms if (v := [t[k] for t in since if k in t])}))
             since = []
         if (iteration + 1) % checkpoint_every == 0 or last:
             run.save(objective, optimizer, settings, iteration + 1, seconds + time.perf_counter() - start, recent)
@@ -154,7 +191,8 @@ def fit(
     seconds += time.perf_counter() - start
     objective.segmenter.eval()
     barrier()  # for the last checkpoint
-    return dict(settings, **dict(processes=world_size) if world_size > 1 else {}, finished=end == iterations, done=max(done, end), seconds=round(seconds, 1), seconds_per_iteration=seconds / max(1, end),
+    return dict(settings, **dict(processes=world_size) if world_size > 1 else {}, finished=end == iterations,
+        done=max(done, end), seconds=round(seconds, 1), seconds_per_iteration=seconds / max(1, end),
                 loss_last_1000=sum(recent) / max(1, len(recent)), device=_device_name(device),
                 peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
 
@@ -162,30 +200,46 @@ def fit(
 def _same_start(objective, done: int, device: torch.device) -> None:
     "Raise ValueError, in all processes, if they found different checkpoints or have different weights."
     if get_world_size() == 1: return
-    tensors = [p.detach() for p in [*objective.segmenter.parameters(), *dict(objective.named_trainables()).values()] if p.is_floating_point() and type(p.data) is torch.Tensor]
+    tensors = [p.detach() for p in [*objective.segmenter.parameters(), *dict(objective.named_trainables()).values()]
+        if p.is_floating_point() and type(p.data) is torch.Tensor]
     size = sum(torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors)
     iterations, sizes = all_gather(torch.tensor([[done, size]], dtype=torch.float64, device=device)).T
-    if iterations.ne(done).any(): raise ValueError(f"the processes found checkpoints of iterations {iterations.int().tolist()}: run_dir must be a folder that all of them see")
-    if not torch.allclose(sizes, sizes[0], rtol=1e-9): raise ValueError("the processes start from different weights: call torch.manual_seed before create_segmenter, or load the same adapter, in every process")
+    if iterations.ne(done).any():
+        raise ValueError(
+            f"the processes found checkpoints of iterations {iterations.int().tolist()}: run_dir must be a folder "
+            "that all of them see")
+    if not torch.allclose(sizes, sizes[0], rtol=1e-9):
+        raise ValueError(
+            "the processes start from different weights: call torch.manual_seed before create_segmenter, or load "
+            "the same adapter, in every process")
 
 
 def _together(terms: dict, named: dict, device: torch.device) -> dict:
-    "Means over the processes: of the gradients, which are left in the parameters, and of the loss terms. What has a gradient nowhere keeps none."
+    """Means over the processes: of the gradients, which are left in the parameters, and of the loss terms.
+
+    What has a gradient nowhere keeps none."""
     if get_world_size() == 1: return terms
-    values, found = torch.stack([v.float().to(device) for v in terms.values()]), torch.tensor([p.grad is not None for p in named.values()], device=device)
-    values, found, *gradients = all_reduce_mean([values, found, *(torch.zeros_like(p) if p.grad is None else p.grad for p in named.values())])
-    for p, gradient, somewhere in zip(named.values(), gradients, found.tolist()): p.grad = gradient if somewhere else None
+    values, found = torch.stack([v.float().to(device) for v in terms.values()]), torch.tensor(
+        [p.grad is not None for p in named.values()], device=device)
+    values, found, *gradients = all_reduce_mean(
+        [values, found, *(torch.zeros_like(p) if p.grad is None else p.grad for p in named.values())])
+    for p, gradient, somewhere in zip(named.values(), gradients, found.tolist()):
+        p.grad = gradient if somewhere else None
     return dict(zip(terms, values.cpu()))
 
 # %% ../../nbs/31_train.ipynb #02690b2b
 class _Run:
-    "checkpoint.pt (atomic), log.jsonl (one line an interval) and views/ (pictures) of one run; does nothing without a folder."
+    """checkpoint.pt (atomic), log.jsonl (one line an interval) and views/ (pictures) of one run.
+
+    Does nothing without a folder."""
 
     def __init__(self, folder, writes: bool = True):
         self.folder, self.writes = Path(folder) if folder else None, bool(folder) and writes
-        if self.writes: self.folder.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
-    def where(self) -> str: return f" in {self.folder}" if self.folder else ""
+    def where(self) -> str:
+        return f" in {self.folder}" if self.folder else ""
 
     def resume(self, objective, optimizer, settings, device) -> tuple[int, float, deque]:
         "Iterations done, seconds spent, recent losses; fresh ones when there is no checkpoint."
@@ -195,30 +249,36 @@ class _Run:
         differ = {k: (state["settings"].get(k), v) for k, v in settings.items() if state["settings"].get(k) != v}
         if differ:
             key, (theirs, ours) = next(iter(differ.items()))
-            raise ValueError(f"{file} belongs to another configuration: {key} was {theirs!r}, now {ours!r}; use another run_dir or delete that one")
+            raise ValueError(
+                f"{file} belongs to another configuration: {key} was {theirs!r}, now {ours!r}; use another run_dir "
+                "or delete that one")
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
         log = self.folder / "log.jsonl"
         if self.writes and log.exists():  # drop what was logged after the checkpoint
-            lines = [l for l in log.read_text().splitlines() if l.endswith("}") and json.loads(l)["iteration"] <= state["iteration"]]
+            lines = [l for l in log.read_text().splitlines() if l.endswith("}")
+                and json.loads(l)["iteration"] <= state["iteration"]]
             write_atomically(log, "".join(l + "\n" for l in lines).encode())
         return state["iteration"], state["seconds"], deque(state["recent"], maxlen=1000)
 
     def save(self, objective, optimizer, settings, iteration, seconds, recent) -> None:
         if not self.writes: return
         buffer = io.BytesIO()
-        torch.save(dict(objective=objective.state_dict(), optimizer=optimizer.state_dict(), settings=settings, iteration=iteration,
+        torch.save(dict(objective=objective.state_dict(), optimizer=optimizer.state_dict(), settings=settings,
+            iteration=iteration,
                         seconds=seconds, recent=list(recent)), buffer)
         write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def log(self, entry: dict) -> None:
         if not self.writes: return
-        with open(self.folder / "log.jsonl", "a") as f: f.write(json.dumps(entry) + "\n")
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(entry) + "\n")
 
     def picture(self, figure, iteration: int) -> None:
         from matplotlib.pyplot import close
         buffer = io.BytesIO()
-        if self.writes: figure.savefig(buffer, format="png")
+        if self.writes:
+            figure.savefig(buffer, format="png")
         close(figure)
         if not self.writes: return
         (self.folder / "views").mkdir(exist_ok=True)
@@ -229,9 +289,12 @@ class _Progress:
     "A tqdm bar on a terminal; elsewhere about ten quiet lines with the time left."
 
     def __init__(self, kind: str, done: int, end: int, speaks: bool = True):
-        if kind not in ("auto", "bar", "lines", "none"): raise ValueError(f"progress={kind!r}: use 'auto', 'bar', 'lines' or 'none'")
-        if not speaks: kind = "none"
-        if kind == "auto": kind = "bar" if sys.stderr.isatty() else "lines"
+        if kind not in ("auto", "bar", "lines", "none"):
+            raise ValueError(f"progress={kind!r}: use 'auto', 'bar', 'lines' or 'none'")
+        if not speaks:
+            kind = "none"
+        if kind == "auto":
+            kind = "bar" if sys.stderr.isatty() else "lines"
         self.kind, self.done, self.end, self.start = kind, done, end, time.perf_counter()
         self.every = max(1, (end - done) // 10)
         if kind == "bar":
@@ -242,7 +305,8 @@ class _Progress:
         if self.kind == "bar":
             self.bar.update(1)
             self.bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
-            if iteration == self.end: self.bar.close()
+            if iteration == self.end:
+                self.bar.close()
         elif self.kind == "lines" and ((iteration - self.done) % self.every == 0 or iteration == self.end):
             each = (time.perf_counter() - self.start) / (iteration - self.done)
             print(f"iteration {iteration:6d}/{self.end}  loss {loss:7.3f}  {each:.2f} s each, {each * (self.end - iteration) / 60:.1f} min left", flush=True)
@@ -285,7 +349,10 @@ def adapt_each(
     folder: str | Path,  # gets <name>/adapter, and <name>/checkpoint.pt and log.jsonl
     **options,  # of `fit`
 ) -> dict[str, Path]:  # name -> adapter folder
-    "Adapt to several targets, each from the same start. Called again it goes on where it was interrupted. Afterwards, whatever happened, the segmenter has its starting weights again."
+    """Adapt to several targets, each from the same start.
+
+    Called again it goes on where it was interrupted. Afterwards, whatever happened, the segmenter has its starting
+    weights again."""
     start = {n: t.clone() for n, t in segmenter.trained_state().items()}
     made = {}
     try:
@@ -293,7 +360,9 @@ def adapt_each(
             segmenter.load_state_dict(start, strict=False)
             record = fit(objective(segmenter, target), run_dir=Path(folder) / name, **options)
             made[name] = Path(folder) / name / "adapter"
-            if get_rank() == 0: segmenter.save_adapter(made[name], record=dict(target=name, training=record))
+            if get_rank() == 0:
+                segmenter.save_adapter(made[name], record=dict(target=name, training=record))
             barrier()
-    finally: segmenter.load_state_dict(start, strict=False)
+    finally:
+        segmenter.load_state_dict(start, strict=False)
     return made
