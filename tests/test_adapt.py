@@ -1,4 +1,7 @@
-"The page for data of one's own, nbs/adapt.ipynb: two tiny folders with three classes, its cells run in this process; faults are refused with one line."
+"""The page for data of one's own, nbs/adapt.ipynb: two tiny folders with three classes, its cells run in this process.
+
+Faults are refused with one line."""
+
 import json
 import shutil
 import subprocess
@@ -80,17 +83,18 @@ def finished(folders):
 
 
 def test_through_papermill_a_misspelt_parameter_is_refused(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "adapt.ipynb"),
-        str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "iteration", "2"],
-                          capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert done.returncode != 0 and "unknown parameter iteration: this notebook takes source, target" in done.stderr, done.stderr[-2000:]
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "adapt.ipynb"), str(tmp_path / "out.ipynb")]
+    done = subprocess.run([*command, "--no-progress-bar", "-p", "iteration", "2"], capture_output=True, text=True,
+        cwd=ROOT, timeout=600)
+    said = "unknown parameter iteration: this notebook takes source, target"
+    assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
 
 
 def test_everything_comes_out(finished):
     out = finished / "out"
     labels = sorted((out / "predictions" / "trainids").glob("*.png"))
-    assert [f.name for f in labels] == ["3.png", "4.png"] == sorted(f.name
-        for f in (out / "predictions" / "colour").glob("*.png"))
+    coloured = sorted((out / "predictions" / "colour").glob("*.png"))
+    assert [f.name for f in labels] == ["3.png", "4.png"] == [f.name for f in coloured]
     for file in labels:
         label = np.asarray(Image.open(file))
         assert label.shape == (80, 112) and label.max() < 3
@@ -129,8 +133,8 @@ def test_killed_half_way_it_goes_on(finished, monkeypatch):
         page(**mine(finished, "again"))
     assert not (again / "adapter").exists()
     page(**mine(finished, "again"))
-    assert steps == [0, 1, 1] and (
-        source_run / "checkpoint.pt").stat().st_mtime_ns == before, "only what was missing is trained"
+    assert steps == [0, 1, 1], "only what was missing is trained"
+    assert (source_run / "checkpoint.pt").stat().st_mtime_ns == before
     assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
@@ -138,8 +142,8 @@ def test_more_images_arrive(finished):
     "From the saved adapter, on old and new images; the proposals of the old ones are kept."
     page(**mine(finished, "later", target=[str(finished / "night"), str(finished / "june")],
         start=str(finished / "out" / "adapter"), proposals=str(finished / "out" / "proposals")))
-    assert sorted(f.name for f in (finished / "later" / "predictions" / "trainids").glob("*.png")) == ["3.png", "4.png",
-        "5.png"]
+    labels = sorted((finished / "later" / "predictions" / "trainids").glob("*.png"))
+    assert [f.name for f in labels] == ["3.png", "4.png", "5.png"]
     assert len(list((finished / "out" / "proposals").iterdir())) == 3 and not (finished / "later" / "rein_g").exists()
 
 
@@ -180,5 +184,5 @@ def test_wrong_folders_are_refused(folders, tmp_path):
     error = first_cells(tmp_path, source=str(tmp_path / "day"), **given)
     assert "99" in error and "1.png" in error and "\n" not in error
     (tmp_path / "bad.csv").write_text("value;name\n1;road\n")
-    assert "header id,name" in first_cells(tmp_path, source=str(folders / "day"), **given
-        | dict(classes=str(tmp_path / "bad.csv")))
+    bad = given | dict(classes=str(tmp_path / "bad.csv"))
+    assert "header id,name" in first_cells(tmp_path, source=str(folders / "day"), **bad)

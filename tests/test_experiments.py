@@ -1,23 +1,32 @@
 "Runs as values, the ledger, and what happens to wrong parameters."
+
 import dataclasses
+import hashlib
 import json
 import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-import reinpp.paper.experiments as experiments
 from reinpp.files import data_folder
+from reinpp.paper import runs
 from reinpp.paper.experiments import METHODS, PRESETS, Ledger, plan
 from reinpp.paper.runs import estimate, find_adapter, run
 from reinpp.paper.tables import check_parameters, choose_preset, missing_for_paper
+
+# record -> the arguments of `plan` that make it
+FROZEN = json.loads((Path(__file__).parent / "frozen_keys.json").read_text())
 
 
 def small(method, target=None, seed=0, iterations=2):
     "A run of a few seconds: the tiny preset's, two iterations, four evaluation scenes."
     def cut(e):
-        return dataclasses.replace(e, source="scenes:train[:8]", target=e.target and e.target + "[:8]",
-            evaluate_on=tuple(d + "[:4]" for d in e.evaluate_on[-1:]),
-                                            data=e.data | dict(min_class_pixels=20), start=e.start and cut(e.start))
+        return dataclasses.replace(
+            e, source="scenes:train[:8]", target=e.target and e.target + "[:8]",
+            evaluate_on=tuple(d + "[:4]" for d in e.evaluate_on[-1:]), data=e.data | dict(min_class_pixels=20),
+            start=e.start and cut(e.start))
     return cut(plan("tiny", method, seed, target, limit_iterations=iterations))
 
 
@@ -56,8 +65,22 @@ def test_two_at_once_make_one_record(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.map(_run, [tmp_path, tmp_path])
     assert len(Ledger(tmp_path / "results").all()) == 1
-    assert len((tmp_path / "runs" / small(
-        "freeze").training_key / "log.jsonl").read_text().splitlines()) == 1, "trained once"
+    log = tmp_path / "runs" / small("freeze").training_key / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 1, "trained once"
+
+
+def test_every_record_of_the_ledger_is_frozen():
+    assert len(FROZEN) == 89
+    assert FROZEN.keys() <= {f.stem for f in (data_folder() / "results").glob("*.json")}
+
+
+@pytest.mark.parametrize("key", FROZEN)
+def test_a_frozen_key(key):
+    "The record's settings hash to its name, and the arguments that made it still plan the same run."
+    record = json.loads((data_folder() / "results" / f"{key}.json").read_text())
+    assert hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()[:12] == key
+    experiment = plan(**FROZEN[key])
+    assert experiment.key == key == record["key"] and experiment.config() == record["config"]
 
 
 def test_keys():
@@ -67,9 +90,8 @@ def test_keys():
         plan("tiny", "rein_a", 0, "night", beta=0.7), plan("tiny", "rein_a", 0, "night", limit_iterations=5)]
     assert len({x.key for x in [e, *others]}) == 6
     assert plan("tiny", "control", 0).start.key == plan("tiny", "rein_g", 0).key
-    freeze = plan("tiny", "freeze", 0).model
-    assert "adapter_args" not in freeze and freeze["head_args"]["num_queries"] == PRESETS["tiny"].model["adapter_args"][
-        "num_tokens"]
+    freeze, tokens = plan("tiny", "freeze", 0).model, PRESETS["tiny"].model["adapter_args"]["num_tokens"]
+    assert "adapter_args" not in freeze and freeze["head_args"]["num_queries"] == tokens
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -93,44 +115,45 @@ def test_wrong_parameters_say_what_exists(wrong, says):
 def test_the_paper_preset_lists_what_is_missing(tmp_path):
     lacks = missing_for_paper(tmp_path)
     assert any("gtav" in line and str(tmp_path / "gtav") in line and "http" in line for line in lacks)
-    assert [sum(line.startswith(f"{name}:") for line in lacks)
-        for name in ("gtav", "cityscapes", "bdd100k", "mapillary")] == [
-        1] * 4, "what it trains on and what it is evaluated on"
+    for name in ("gtav", "cityscapes", "bdd100k", "mapillary"):  # what it trains on and what it is evaluated on
+        assert sum(line.startswith(f"{name}:") for line in lacks) == 1, name
     with pytest.raises(FileNotFoundError, match="cityscapes"):
         choose_preset("paper", tmp_path)
-    assert not any(str(
-        data_folder().parent) in line for line in missing_for_paper()), "a saved notebook shows no path of this machine"
+    here = str(data_folder().parent)
+    assert not any(here in line for line in missing_for_paper()), "a saved notebook shows no path of this machine"
 
 
 def test_what_a_run_is_evaluated_on_is_opened_before_it_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("it trains first"))
+    monkeypatch.setattr(runs, "fit", lambda *a, **k: pytest.fail("it trains first"))
     e = dataclasses.replace(small("rein_g"), evaluate_on=("scenes:val", "cityscapes:val"))
     with pytest.raises(FileNotFoundError, match="cityscapes"):
         run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
 def test_a_target_is_opened_before_the_source_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("it trains first"))
+    monkeypatch.setattr(runs, "fit", lambda *a, **k: pytest.fail("it trains first"))
     e = dataclasses.replace(small("rein_a", "night"), target="cityscapes:train")
     with pytest.raises(FileNotFoundError, match="cityscapes"):
         run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
 def test_every_bundled_adapter_is_a_run_of_a_preset_as_it_is_now():
-    runs = [(preset, method, target) for preset in ("tiny", "camvid") for method,
-        target in (("rein_g", None), *(("rein_a", t) for t in PRESETS[preset].targets))]
-    keys = {plan(preset, method, seed, target).training_key for preset, method, target in runs for seed in range(3)}
+    keys = set()
+    for preset in ("tiny", "camvid"):
+        for seed in range(3):
+            keys.add(plan(preset, "rein_g", seed).training_key)
+            keys |= {plan(preset, "rein_a", seed, target).training_key for target in PRESETS[preset].targets}
     bundled = {f.parent.name: json.loads(f.read_text())["record"]["key"]
         for f in (data_folder() / "weights").glob("*/adapter_config.json")}
     assert bundled and set(bundled.values()) <= keys, {name for name, key in bundled.items() if key not in keys}
 
 
 def test_a_run_that_others_would_wait_with_is_refused(tmp_path):
-    with experiments._locked(tmp_path, patient=True):
-        with pytest.raises(RuntimeError, match="under way in another run: start this one again"), experiments._locked(
-                tmp_path, patient=False):
+    refused = pytest.raises(RuntimeError, match="under way in another run: start this one again")
+    with runs._locked(tmp_path, patient=True):
+        with refused, runs._locked(tmp_path, patient=False):
             pass
-    with experiments._locked(tmp_path, patient=False):
+    with runs._locked(tmp_path, patient=False):
         pass
 
 
@@ -145,11 +168,19 @@ def test_estimate_counts_the_start(tmp_path):
     assert find_adapter(small("control"), tmp_path / "runs") is None, "an estimate leaves nothing behind"
 
 
-@pytest.mark.parametrize("arguments, says", [(["tiny", "rein_a"], "experiments: target=None is unknown"),
-(["tiny", "freeze", "--setting", "sunny"], "experiments: setting='sunny'"),
+@pytest.mark.parametrize("arguments, says", [
+    (["tiny", "rein_a"], "runs: target=None is unknown"),
+    (["tiny", "freeze", "--setting", "sunny"], "runs: setting='sunny'"),
     (["tiny", "freeze", "--target", "night"], "target='night': freeze has none"),
     (["tiny", "freeze", "--limit-iterations", "0"], "limit_iterations=0: give a number"),
-    (["camvid", "rein_a", "--target", "dusk", "--data-root", "nowhere"], "experiments: camvid")])
+    (["camvid", "rein_a", "--target", "dusk", "--data-root", "nowhere"], "runs: camvid")])
 def test_the_command_line_ends_with_one_line(arguments, says, tmp_path):
     with pytest.raises(SystemExit, match=says):
-        experiments.main([*arguments, "--results", str(tmp_path)])
+        runs.main([*arguments, "--results", str(tmp_path)])
+
+
+def test_the_module_is_a_command(tmp_path):
+    command = [sys.executable, "-m", "reinpp.paper.runs", "tiny", "rein_a", "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("runs: target=None is unknown: use one of night")

@@ -1,4 +1,5 @@
 "Whole notebooks through papermill, as a user runs them."
+
 import json
 import re
 import subprocess
@@ -11,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def papermill(name, out, *arguments):
-    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(out),
-        "--no-progress-bar", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=900)
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / f"{name}.ipynb"), str(out), "--no-progress-bar"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=900)
 
 
 def outputs(notebook):
@@ -25,11 +26,11 @@ def test_quickstart(tmp_path):
     done = papermill("quickstart", tmp_path / "out.ipynb", "-p", "limit_iterations", "2", "-p", "short_iterations", "2",
         "-p", "images", "4", "-p", "output", str(tmp_path / "quickstart"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {"domains.png", "source_model.png", "before_after.png", "table.md"} <= {p.name
-        for p in (tmp_path / "quickstart").iterdir()}
+    there = {p.name for p in (tmp_path / "quickstart").iterdir()}
+    assert {"domains.png", "source_model.png", "before_after.png", "table.md"} <= there
     assert "Rein-A" in (tmp_path / "quickstart" / "table.md").read_text()
-    assert len(list(
-        (tmp_path / "quickstart" / "records").glob("*.json"))) >= 3, "every figure of the page has its record"
+    records = list((tmp_path / "quickstart" / "records").glob("*.json"))
+    assert len(records) >= 3, "every figure of the page has its record"
 
 
 def test_table9_shows_the_ledger(tmp_path):
@@ -47,7 +48,7 @@ def test_table9_from_an_empty_ledger(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (["-p", "preset", "huge"], "use auto, tiny, camvid, paper"),
+    (["-p", "preset", "huge"], "use one of auto, tiny, camvid, paper"),
     (["-p", "preset", "paper"], "put it there|unpack it there|name the folder"),
     (["-p", "preset", "camvid", "-p", "data_root", "nowhere"], "camvid"),
     (["-p", "preset", "tiny", "-p", "seeds", "[3,4]"], "not a list"),

@@ -11,15 +11,16 @@ PAPER = Path(__file__).resolve().parent.parent / "data" / "paper"
 PRINTED = PAPER.parents[2] / "shared" / "paper.txt"  # the paper's text, where it lies beside the checkout
 TOLERANCE = 0.06  # of a printed mean or difference with one decimal
 KINDS = {"mean", "elsewhere", "repeats", "setting", "reference", "storage", "text", "caption", "remark"}
-CLASSES = "Road S.walk Build. Wall Fence Pole Tr.Light Sign Vege. Terrain Sky Person Rider Car Truck Bus Train M.bike Bike".split()
+CLASSES = ("Road S.walk Build. Wall Fence Pole Tr.Light Sign Vege. Terrain Sky Person Rider Car Truck Bus Train M.bike "
+    "Bike").split()
 COST = ["backbone", "method", "Batch Size", "Training Time (h)", "GPU Memory (GB)",
     "Storage of Trainable Parameters (GB)"]
 CITYS = ("Citys", "BDD", "Map", "Average")
 GROUPS = {"GTAV (source)": CITYS, "Urbansyn + Synthia + GTAV": CITYS, "Cityscapes (source)": ("ACDC (val)", *CITYS[1:])}
 WEATHERS = [f"ACDC (test): {c}" for c in "Night Snow Fog Rain".split()]
-CORRUPTIONS = [f"Cityscapes-C (level-5): {group} {c}" for group,
-    names in dict(Blur="Motion Defoc Glass Gauss", Noise="Gauss Impul Shot Speck",
-               Digital="Bright Contr Satur JPEG", Weather="Snow Spatt Fog Frost").items() for c in names.split()]
+CORRUPTIONS = [f"Cityscapes-C (level-5): {group} {c}" for group, names in dict(
+    Blur="Motion Defoc Glass Gauss", Noise="Gauss Impul Shot Speck", Digital="Bright Contr Satur JPEG",
+    Weather="Snow Spatt Fog Frost").items() for c in names.split()]
 LAYOUT = {  # table: columns in the printed order without the note, number of rows
     1: ("Methods GTR AdvStyle TLDR HRDA BlineNet SCSD CLIP-L EVA02-L DINOv2-l Radio-G DINOv2-G InternVL-6B".split(), 7),
     2: ("setting method reference publication Citys. ACDC BDD. Map. Avg.".split(), 42),
@@ -39,8 +40,7 @@ WORDS = {"setting", "method", "reference", "publication", "backbone", "backbone_
     "Token length (m)", "alpha", "note"}
 SETTINGS = {2: {"GTAV -> Citys.+BDD.+Map.": 19, "GTAV+Urbansyn+Synthia -> Citys.+BDD.+Map.": 9,
     "Citys -> ACDC (val)+BDD.+Map.": 14},
-            9: {"GTAV -> Cityscapes (val)": 18, "Cityscapes -> ACDC (test)": 15,
-            "Cityscapes -> Dark Zurich (test)": 11}}
+    9: {"GTAV -> Cityscapes (val)": 18, "Cityscapes -> ACDC (test)": 15, "Cityscapes -> Dark Zurich (test)": 11}}
 
 
 def load(name):
@@ -60,8 +60,8 @@ def number(cell):
 
 def markers(rows, kind):
     "(row index, argument) of every marker of a kind, e.g. `[mean Avg. = 66.73]`."
-    return [(i, argument) for i, row in enumerate(rows) for found,
-        argument in re.findall(r"\[([a-z]+)(?: ([^\[\]]+))?\]", row["note"]) if found == kind]
+    return [(i, argument) for i, row in enumerate(rows)
+        for found, argument in re.findall(r"\[([a-z]+)(?: ([^\[\]]+))?\]", row["note"]) if found == kind]
 
 
 def noted(kind):
@@ -226,11 +226,11 @@ def test_repeated_rows():
     "Rows of one table with the same numbers are noted, each with the name of the other."
     wanted = Counter()
     for n in (2, 3, 4, 5, 9, 10, 11):
-        def key(row):
-            return tuple(number(row[c]) for c in LAYOUT[n][0] if c not in WORDS and c != "Trainable Params" and row[c])
+        numbers = [c for c in LAYOUT[n][0] if c not in WORDS and c != "Trainable Params"]
+        keys = [tuple(number(row[c]) for c in numbers if row[c]) for row in TABLES[n]]
         for i, a in enumerate(TABLES[n]):
-            for b in TABLES[n]:
-                if a is not b and key(a) == key(b):
+            for j, b in enumerate(TABLES[n]):
+                if a is not b and keys[i] == keys[j]:
                     wanted[n, i, b["method"] if a["method"] != b["method"] else b["setting"]] += 1
     assert wanted == noted("repeats") and len(wanted) == 4
 
@@ -254,8 +254,8 @@ def test_storage():
     assert printed == {"DINOv2 (Large)": "1.22", "DINOv2 (Giant)": "4.35"}
     for unit in (1e9, 2 ** 30):
         for head in (0, 20_565_204):  # Mask2Former on ViT-L features
-            assert {b for b, p in printed.items() if f"{4 * (1e6 * parameters[b] + head) / unit:.2f}" == p} != set(
-                printed)
+            given = {b for b, p in printed.items() if f"{4 * (1e6 * parameters[b] + head) / unit:.2f}" == p}
+            assert given != set(printed)
     wanted = {(n, i, f"{COST[-1]} = 4.56") for n in (7, 12) for i, row in enumerate(TABLES[n])
         if (row["backbone"], row["method"]) == ("DINOv2 (Giant)", "Full")}
     assert noted("storage") == Counter(wanted) and 4 * parameters["DINOv2 (Giant)"] / 1000 == pytest.approx(4.56)
@@ -314,31 +314,30 @@ def test_text():
         digit = 10.0 ** -len(row["printed"].partition(".")[2])
         if not {"=": abs(p - v) <= .6 * digit + 1e-9, "<": p < v - 1e-9, ">": p > v + 1e-9}[row["relation"]]:
             wrong.add(row["id"])
-    assert wrong == {CLAIMS[i]["id"] for i, argument in markers(CLAIMS, "text")} and not any(row["note"]
-        and row["id"] not in wrong for row in CLAIMS)
+    assert wrong == {CLAIMS[i]["id"] for i, _ in markers(CLAIMS, "text")}
+    assert not any(row["note"] and row["id"] not in wrong for row in CLAIMS)
     assert wrong >= {"over_tqdm", "over_resnet101", "params_rein_g", "memory_6b_fig2", "memory_6b_full"}
     # a row that a wrong claim is about names the claim
     pointed = {(argument, n) for n, rows in TABLES.items() for _, argument in markers(rows, "text")}
     assert {argument for argument, _ in pointed} <= wrong
     for row in CLAIMS:
         tables = {int(n) for n, *_ in CELL.findall(row["expression"])}
-        assert {n for argument, n in pointed if argument == row["id"]} == (tables if row["id"] in wrong
-            else set()), row["id"]
-    assert {argument for rows in FIGURES.values() for _, argument in markers(rows, "text")} == {"memory_6b_fig2",
-        "params_rein_g", "params_full"}
+        assert {n for argument, n in pointed if argument == row["id"]} == (tables if row["id"] in wrong else set()), row
+    of_figures = {argument for rows in FIGURES.values() for _, argument in markers(rows, "text")}
+    assert of_figures == {"memory_6b_fig2", "params_rein_g", "params_full"}
 
 
 def test_table9_gains_are_those_of_the_best_rows():
     "Sec. VI-B: over MIC by 2.3 on GTAV -> Cityscapes, 8.0 on ACDC, 11.3 on Dark Zurich, each by the best Rein-A."
     for start, gain in ("GTAV", 2.3), ("Cityscapes -> ACDC", 8.0), ("Cityscapes -> Dark", 11.3):
         rows = {row["method"]: float(row["mIoU"]) for row in TABLES[9] if row["setting"].startswith(start)}
-        assert max(value for name, value in rows.items()
-            if name.startswith("Rein-A")) - rows["MIC"] == pytest.approx(gain, abs=TOLERANCE)
+        best = max(value for name, value in rows.items() if name.startswith("Rein-A"))
+        assert best - rows["MIC"] == pytest.approx(gain, abs=TOLERANCE)
 
 
 def test_readme_lists_every_contradiction():
     text = (PAPER / "README.md").read_text(encoding="utf-8")
-    for n, i, argument in noted("mean"):
+    for n, _, argument in noted("mean"):
         assert argument.rsplit(" = ", 1)[1] in text, f"table{n}: {argument}"
     for row in CLAIMS:
         assert (f"`{row['id']}`" in text) == bool(row["note"]), row["id"]
@@ -388,13 +387,13 @@ def test_against_the_paper(regions, n):
         lines = ["Methods" + "".join(c + TABLES[1][1][c] for c in LAYOUT[1][0][1:]), *lines[2:]]
     block, at = -1, 0
     for i, line in enumerate(map(squeeze, lines)):
-        for at in range(at, len(region)):
-            block += region[at].startswith(("Synthetic-to-Real:", "Real-to-Real:", "Day-to-"))
-            if region[at] == line or n == 3 and region[at].endswith("]" + line): break
+        for k in range(at, len(region)):
+            block += region[k].startswith(("Synthetic-to-Real:", "Real-to-Real:", "Day-to-"))
+            if region[k] == line or n == 3 and region[k].endswith("]" + line): break
         else:
             pytest.fail(f"table{n}.csv: {line} is not printed after the row before it")
         assert n not in SETTINGS or rows[i]["setting"] == list(SETTINGS[n])[block], line
-        at += 1
+        at = k + 1
     decimals = {1: 12, 2: 2, 3: 8, 4: 20, 5: 20, 6: 5, 8: 5, 9: 20, 10: 20, 11: 20, 13: 5}[n]
     looks = [line for line in region if len(re.findall(r"\d+\.\d(?!%)", line)) >= decimals and "→" not in line]
     assert len(looks) == len(rows) - (3 if n == 1 else 0), looks

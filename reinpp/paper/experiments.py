@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..data.catalog import open_dataset
 from ..data.datasets import Dataset, concat
-from ..files import data_folder, write_atomically
+from ..files import check_choice, data_folder, write_atomically
 
 # %% ../../nbs/50_experiments.ipynb #e56e3354
 METHODS = ("freeze", "full", "bitfit", "lora", "adaptformer", "vpt", "rein_g", "control", "rein_a")
@@ -23,27 +23,25 @@ METHOD_VERSION = 1  # raise it when a change to the method, or to the tiny backb
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    "A run as a value. Two equal ones share one record."
+    "A run as a value: two equal ones share one record."
     method: str  # one of `METHODS`
     source: str  # labelled domain
     target: str | None  # unlabelled domain (rein_a)
     evaluate_on: tuple  # domains
     seed: int  # of initialisation and every draw
     model: dict  # arguments of `create_segmenter`
-    data: dict  # crop, base, scales, rcs, min_pixels, num_points
+    data: dict  # crop, base, scales, max_long, min_class_pixels, rcs, num_points, augment
     training: dict  # arguments of `fit`
     adaptation: dict | None  # arguments of `ReinA`, the STM and the proposals (rein_a)
     window: int | None  # of evaluation, pixels
-    stride: int | None
-    # (height, width) that images are resized to before prediction; "protocol": each set's own window, stride and size
-    size: tuple | str | None
+    stride: int | None  # from window to window, pixels
+    size: tuple | str | None  # (height, width) of images before prediction; "protocol": each set's own evaluation
     start: "Experiment | None" = None  # whose adapter and head it starts from
 
     def config(self) -> dict:
-        "Plain values; `start` is named by its training key."
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "start"}
-        return json.loads(json.dumps(
-            plain | dict(start=self.start.training_key if self.start else None, method_version=METHOD_VERSION)))
+        "Plain values, as a record holds them; `start` is named by its training key."
+        start = self.start.training_key if self.start else None
+        return json.loads(json.dumps(vars(self) | dict(start=start, method_version=METHOD_VERSION)))
 
     @property
     def key(self) -> str:
@@ -56,21 +54,20 @@ class Experiment:
         return _hash({k: v for k, v in self.config().items() if k not in ("evaluate_on", "window", "stride", "size")})
 
     def __str__(self):
-        return f"{self.method} {self.source}" + (f" -> {self.target}" if self.target
-            else "") + f" (seed {self.seed}, {self.training['iterations']} iterations)"
+        domains = f"{self.source} -> {self.target}" if self.target else self.source
+        return f"{self.method} {domains} (seed {self.seed}, {self.training['iterations']} iterations)"
 
 
-def _hash(config: dict) -> str:
+def _hash(config):
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
-
+# %% ../../nbs/50_experiments.ipynb #6f40c1d8
 def open_domain(
-    # `dataset:split`; of the embedded scenes also the first n only, `scenes:night/val[:40]`; several joined by `+`
-    domain: str,
+    domain: str,  # several joined by `+`; the first n of a part of the scenes: `scenes:night/val[:40]`
     data_root: str | Path | None = None,  # folder that holds the datasets; None: `data/`
     labels: bool = True,
 ) -> Dataset:
-    "A dataset from its domain name."
+    "The dataset of a domain. Raises what `open_dataset` raises for one that is unknown or not here."
     if "+" in domain: return concat([open_domain(d, data_root, labels) for d in domain.split("+")])
     name, _, split = domain.partition(":")
     split, _, first = split.removesuffix("]").partition("[:")
@@ -79,72 +76,76 @@ def open_domain(
 # %% ../../nbs/50_experiments.ipynb #2e185622
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    "Settings shared by all runs of one size."
+    "Settings shared by all runs of one size; what is not explained is `Experiment`'s."
     name: str
-    source: str  # labelled domain
+    source: str
     source_val: str | None  # where the source model is checked, and forgetting measured
     targets: dict  # short name -> (unlabelled training domain, labelled evaluation domain)
-    model: dict  # arguments of create_segmenter
-    data: dict  # see `Experiment`
+    model: dict
+    data: dict
     training: dict  # of the source model
     adapt_training: dict  # of rein_a and control
-    adaptation: dict  # of rein_a
+    adaptation: dict
     window: int
     stride: int
     size: tuple | str | None
-    # other sources: name -> changes to source, source_val, targets
-    settings: dict = dataclasses.field(default_factory=dict)
-    # method -> arguments of the adapter where the default does not fit
-    rivals: dict = dataclasses.field(default_factory=dict)
-    note: str = ""
+    settings: dict = dataclasses.field(default_factory=dict)  # name -> another source, source_val, targets
+    rivals: dict = dataclasses.field(default_factory=dict)  # method -> adapter arguments, where the default is not it
+    note: str = ""  # what stands beside the numbers of a small preset
 
 
-_TINY_MODEL = dict(backbone="tiny", num_classes=19, image_size=128,
-    adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
-                   head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128,
-                   decoder_ffn=256))
-_TINY_DATA = dict(crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True,
-    num_points=768)
-_TINY_ADAPTATION = dict(engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16,
-    mask_ratio=0.5, stm_warmup=100, alpha=0.5, beta=0.1,
-                        stm=dict(from_head=True, decoder_layers=2))
-_NOTE = "a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head"
+_TINY = Preset(
+    name="tiny",
+    source="scenes:train",
+    source_val="scenes:val",
+    targets={w: (f"scenes:{w}/train", f"scenes:{w}/val") for w in ("night", "fog", "rain", "snow")},
+    model=dict(
+        backbone="tiny", num_classes=19, image_size=128,
+        adapter_args=dict(num_tokens=32, rank=8, num_heads=4, normalize_link=True),
+        head_args=dict(hidden_dim=64, encoder_layers=2, decoder_layers=3, num_heads=4, encoder_ffn=128,
+            decoder_ffn=256)),
+    data=dict(
+        crop=128, base=128, scales=tuple(range(8, 16)), max_long=512, min_class_pixels=200, rcs=True, num_points=768),
+    training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
+    adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
+    adaptation=dict(
+        engine="instances", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16,
+        mask_ratio=0.5, stm_warmup=100, alpha=0.5, beta=0.1, stm=dict(from_head=True, decoder_layers=2)),
+    window=128, stride=85, size=None,
+    rivals=dict(vpt=dict(num_tokens=32)),
+    note="a 1.6 M parameter backbone on small images: measures this code, not the paper's models; Rein-A weighs "
+        "pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head")
 
-_PAPER_TARGETS = dict(citys=("cityscapes:train", "cityscapes:val"), bdd=("bdd100k:train", "bdd100k:val"),
-    map=("mapillary:train", "mapillary:val"))
-
-PRESETS = {
-    "tiny": Preset(
-        "tiny", source="scenes:train", source_val="scenes:val",
-        targets={w: (f"scenes:{w}/train", f"scenes:{w}/val") for w in ("night", "fog", "rain", "snow")},
-        model=_TINY_MODEL, data=_TINY_DATA,
-        training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
-        adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION, window=128, stride=85, size=None, rivals=dict(vpt=dict(num_tokens=32)),
-        note=_NOTE),
-    "camvid": Preset(
-        "camvid", source="camvid:day_train", source_val="camvid:day_val",
-        targets={"dusk": ("camvid:dusk_train", "camvid:dusk_train")},
-        model=_TINY_MODEL, data=_TINY_DATA | dict(base=180, scales=tuple(range(7, 15))),
-        training=dict(iterations=4000, batch_size=2, lr=1e-3, backbone_lr=1e-4, warmup=100, clip=1.0),
-        adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
-        adaptation=_TINY_ADAPTATION | dict(engine="classical", alpha=1.5), window=128, stride=85, size=(180, 240),
-        rivals=dict(vpt=dict(num_tokens=32)), note=_NOTE),
-    "paper": Preset(
-        "paper", source="gtav:train", source_val=None, targets=_PAPER_TARGETS,
-        model=dict(backbone="dinov2_large", num_classes=19, image_size=512, normalization="imagenet"),
-        data=dict(crop=512, base=512, scales=tuple(range(5, 21)), max_long=2048, min_class_pixels=3000, rcs=True,
+# %% ../../nbs/50_experiments.ipynb #91d3fa60
+_CAMVID = dataclasses.replace(
+    _TINY,
+    name="camvid",
+    source="camvid:day_train",
+    source_val="camvid:day_val",
+    targets={"dusk": ("camvid:dusk_train", "camvid:dusk_train")},
+    data=_TINY.data | dict(base=180, scales=tuple(range(7, 15))),
+    adaptation=_TINY.adaptation | dict(engine="classical", alpha=1.5),
+    size=(180, 240))
+_SETS = dict(citys="cityscapes", bdd="bdd100k", map="mapillary", acdc="acdc", darkzurich="darkzurich")
+_TARGETS = {short: (f"{name}:train", f"{name}:val") for short, name in _SETS.items()}
+_PAPER = Preset(
+    name="paper",
+    source="gtav:train",
+    source_val=None,
+    targets={t: _TARGETS[t] for t in ("citys", "bdd", "map")},
+    model=dict(backbone="dinov2_large", num_classes=19, image_size=512, normalization="imagenet"),
+    data=dict(crop=512, base=512, scales=tuple(range(5, 21)), max_long=2048, min_class_pixels=3000, rcs=True,
         num_points=12544),
-        training=dict(iterations=40_000, batch_size=4, lr=1e-4, backbone_lr=1e-5),
-        adapt_training=dict(iterations=40_000, batch_size=1, lr=1e-4, backbone_lr=1e-5),
-        adaptation=dict(engine="sam2", reduction=4, limit=100, tau=0.968, ema=0.999, weighting="image", mask_block=32,
+    training=dict(iterations=40_000, batch_size=4, lr=1e-4, backbone_lr=1e-5),
+    adapt_training=dict(iterations=40_000, batch_size=1, lr=1e-4, backbone_lr=1e-5),
+    adaptation=dict(engine="sam2", reduction=4, limit=100, tau=0.968, ema=0.999, weighting="image", mask_block=32,
         mask_ratio=0.7, stm={}),
-        window=512, stride=341, size="protocol", settings={
-            "three sources": dict(source="urbansyn:train+synthia:train+gtav:train"),
-            "cityscapes": dict(source="cityscapes:train", source_val="cityscapes:val", targets=dict(
-                acdc=("acdc:train", "acdc:val"), darkzurich=("darkzurich:train", "darkzurich:val"),
-                bdd=_PAPER_TARGETS["bdd"], map=_PAPER_TARGETS["map"]))}),
-}
+    window=512, stride=341, size="protocol",
+    settings={
+        "three sources": dict(source="urbansyn:train+synthia:train+gtav:train"),
+        "cityscapes": dict(source="cityscapes:train", source_val="cityscapes:val",
+            targets={t: _TARGETS[t] for t in ("acdc", "darkzurich", "bdd", "map")})})
+PRESETS = {p.name: p for p in (_TINY, _CAMVID, _PAPER)}
 
 # %% ../../nbs/50_experiments.ipynb #75e300b3
 def plan(
@@ -153,79 +154,67 @@ def plan(
     seed: int = 0,
     target: str | None = None,  # short name of a target (rein_a)
     limit_iterations: int | None = None,  # cut every training to so many iterations: other runs, other records
-    # cut the adaptation (and its control) only; the source model is trained in full
-    adapt_iterations: int | None = None,
+    adapt_iterations: int | None = None,  # cut the adaptation and its control only
     setting: str | None = None,  # another source, a key of the preset's `settings`
     augment: str | None = None,  # "pasta" or "advstyle": a further augmentation of the source
-    # changes to the preset's arguments of `create_segmenter`, e.g. dict(adapter_args=dict(rank=4)); for the source
-    # model too
-    model: dict = {},
+    model: dict = {},  # changes to `create_segmenter`'s arguments, of the source model too
     **adaptation,  # changes to the preset's adaptation settings
 ) -> Experiment:
-    """The run that a cell of a table needs.
-
-    Raises `ValueError` with what exists for an unknown preset, method or target."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is unknown: use one of {', '.join(PRESETS)}")
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+    "The run that a cell of a table needs. Raises ValueError for an unknown preset, method, setting or target."
+    check_choice("preset", preset, PRESETS)
+    check_choice("method", method, METHODS)
     p = PRESETS[preset]
-    if setting is not None:
-        if setting not in p.settings:
-            raise ValueError(
-                f"setting={setting!r} is unknown in preset {preset!r}: use one of "
-                f"{', '.join(p.settings) or 'none, it has one setting only'}")
-        p = dataclasses.replace(p, **p.settings[setting])
-    if method == "rein_a" and target not in p.targets:
-        raise ValueError(f"target={target!r} is unknown in preset {preset!r}: use one of {', '.join(p.targets)}")
-    adapts = method in ("rein_a", "control")
-    limit = min((n for n in (limit_iterations, adapt_iterations if adapts else None) if n), default=None)
-    def cut(t):
-        return t | (dict(iterations=min(limit, t["iterations"]), warmup=min(t.get("warmup", 0), limit // 10)) if limit
-            else {})
-    everywhere = tuple(([p.source_val] if p.source_val else []) + [e for _, e in p.targets.values()])
-    domains = everywhere if method != "rein_a" else tuple(([p.source_val] if p.source_val else [])
-        + [p.targets[target][1]])
-    trained = model.get("adapter", "rein_g" if adapts else method)
-    training = cut(p.adapt_training if adapts else p.training)
-    if trained == "bitfit":
-        training = training | dict(backbone_lr=training["lr"])  # its few parameters are the backbone's own
+    check_choice("setting", setting, (None, *p.settings))
+    p = dataclasses.replace(p, **p.settings.get(setting, {}))
+    own, adapts = method == "rein_a", method in ("rein_a", "control")
+    if own:
+        check_choice("target", target, p.targets)
+    adapter = model.get("adapter", "rein_g" if adapts else method)
+    training = dict(p.adapt_training if adapts else p.training)
+    if limit := min((n for n in (limit_iterations, adapt_iterations if adapts else None) if n), default=None):
+        training["iterations"] = min(limit, training["iterations"])
+        training["warmup"] = min(training.get("warmup", 0), limit // 10)
+    if adapter == "bitfit":
+        training["backbone_lr"] = training["lr"]  # its few parameters are the backbone's own
+    tested = [p.targets[target]] if own else p.targets.values()
+    start = plan(preset, adapter, seed, limit_iterations=limit_iterations, setting=setting, augment=augment,
+        model=model) if adapts else None
+    evaluate_on = (*filter(None, [p.source_val]), *(labelled for _, labelled in tested))
+    data = p.data if adapts else p.data | dict(rcs=False) | (dict(augment=augment) if augment else {})
     return Experiment(
-        method, p.source, p.targets[target][0] if method == "rein_a" else None, domains, seed,
-        _model_of(p, trained, model), p.data if adapts else p.data | dict(rcs=False)
-        | (dict(augment=augment) if augment else {}), training,
-        p.adaptation | adaptation if method == "rein_a" else None, p.window, p.stride, p.size,
-        start=plan(preset, trained, seed, limit_iterations=limit_iterations, setting=setting, augment=augment,
-        model=model) if adapts else None)
+        method, p.source, p.targets[target][0] if own else None, evaluate_on, seed, _model_of(p, adapter, model), data,
+        training, p.adaptation | adaptation if own else None, p.window, p.stride, p.size, start)
 
-
-def _model_of(p: Preset, adapter: str, changes: dict) -> dict:
-    """Arguments of `create_segmenter`: the preset's, with changes.
-
-    Without linked tokens the head has as many queries of its own."""
-    model = {k: v for k, v in (p.model | changes).items()
-        if k not in ("adapter_args", "head_args")} | dict(adapter=adapter)
-    settings, rein = dict(p.model.get("adapter_args", {})), adapter == "rein_g"
-    args = (settings if rein else p.rivals.get(adapter, {})) | changes.get("adapter_args", {})
+# %% ../../nbs/50_experiments.ipynb #a95c02e6
+def _model_of(p, adapter, changes):
+    "Arguments of `create_segmenter`: the preset's, with this adapter and with changes."
+    model = {k: v for k, v in (p.model | changes).items() if k not in ("adapter_args", "head_args")}
+    preset_args = p.model.get("adapter_args", {})
+    rein = adapter == "rein_g"
+    args = (preset_args if rein else p.rivals.get(adapter, {})) | changes.get("adapter_args", {})
     own_head = model.get("head", "mask2former") == p.model.get("head", "mask2former")
     head = (p.model.get("head_args", {}) if own_head else {}) | changes.get("head_args", {})
-    linked = rein and args.get("link_queries", True)
-    if own_head and not linked:
-        head = head | dict(num_queries=(args if rein else settings).get("num_tokens", 100))
-    return model | (dict(adapter_args=args) if args else {}) | (dict(head_args=head) if head else {})
+    if own_head and not (rein and args.get("link_queries", True)):
+        head = head | dict(num_queries=(args if rein else preset_args).get("num_tokens", 100))
+    more = dict(adapter_args=args, head_args=head)
+    return model | dict(adapter=adapter) | {name: value for name, value in more.items() if value}
 
 # %% ../../nbs/50_experiments.ipynb #41168c82
 class Ledger:
     "The records under one folder."
 
-    def __init__(self, folder: str | Path | None = None):  # None: `data/results`
+    def __init__(
+        self,
+        folder: str | Path | None = None,  # None: `data/results`
+    ):
         self.folder = Path(folder) if folder else data_folder() / "results"
 
     def path(self, experiment: Experiment) -> Path:
+        "Where the record of a run is, or would be."
         return self.folder / f"{experiment.key}.json"
 
     def get(self, experiment: Experiment) -> dict | None:
-        "The record of a run, or None."
+        "The record of a run, or None. Raises ValueError for one that cannot be read."
         path = self.path(experiment)
         if not path.exists(): return None
         try:
@@ -234,17 +223,16 @@ class Ledger:
             raise ValueError(f"{path} is damaged ({error}): restore it with git, or delete it and run again") from error
 
     def put(self, experiment: Experiment, record: dict) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(experiment)
-        write_atomically(path, (json.dumps(_without_nan(record), indent=1) + "\n").encode())
-        return path
+        "Where the record is, now that it is written."
+        write_atomically(self.path(experiment), (json.dumps(_without_nan(record), indent=1) + "\n").encode())
+        return self.path(experiment)
 
     def all(self) -> list[dict]:
+        "Every record, by key."
         return [json.loads(f.read_text()) for f in sorted(self.folder.glob("*.json"))]
 
 
 def _without_nan(value):
-    "JSON has no NaN: absent classes are null in a record."
     if isinstance(value, dict): return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
