@@ -9,7 +9,6 @@ __all__ = ['METHODS', 'METHOD_VERSION', 'PRESETS', 'Experiment', 'open_domain', 
 import dataclasses
 import hashlib
 import json
-import math
 from pathlib import Path
 
 from ..data.catalog import open_dataset
@@ -95,9 +94,7 @@ class Preset:
 
 
 _TINY = Preset(
-    name="tiny",
-    source="scenes:train",
-    source_val="scenes:val",
+    name="tiny", source="scenes:train", source_val="scenes:val",
     targets={w: (f"scenes:{w}/train", f"scenes:{w}/val") for w in ("night", "fog", "rain", "snow")},
     model=dict(
         backbone="tiny", num_classes=19, image_size=128,
@@ -119,9 +116,7 @@ _TINY = Preset(
 # %% ../../nbs/50_experiments.ipynb #91d3fa60
 _CAMVID = dataclasses.replace(
     _TINY,
-    name="camvid",
-    source="camvid:day_train",
-    source_val="camvid:day_val",
+    name="camvid", source="camvid:day_train", source_val="camvid:day_val",
     targets={"dusk": ("camvid:dusk_train", "camvid:dusk_train")},
     data=_TINY.data | dict(base=180, scales=tuple(range(7, 15))),
     adaptation=_TINY.adaptation | dict(engine="classical", alpha=1.5),
@@ -129,9 +124,7 @@ _CAMVID = dataclasses.replace(
 _SETS = dict(citys="cityscapes", bdd="bdd100k", map="mapillary", acdc="acdc", darkzurich="darkzurich")
 _TARGETS = {short: (f"{name}:train", f"{name}:val") for short, name in _SETS.items()}
 _PAPER = Preset(
-    name="paper",
-    source="gtav:train",
-    source_val=None,
+    name="paper", source="gtav:train", source_val=None,
     targets={t: _TARGETS[t] for t in ("citys", "bdd", "map")},
     model=dict(backbone="dinov2_large", num_classes=19, image_size=512, normalization="imagenet"),
     data=dict(crop=512, base=512, scales=tuple(range(5, 21)), max_long=2048, min_class_pixels=3000, rcs=True,
@@ -201,12 +194,9 @@ def _model_of(p, adapter, changes):
 
 # %% ../../nbs/50_experiments.ipynb #41168c82
 class Ledger:
-    "The records under one folder."
+    "The records under one folder, `data/results` if none is named."
 
-    def __init__(
-        self,
-        folder: str | Path | None = None,  # None: `data/results`
-    ):
+    def __init__(self, folder: str | Path | None = None):
         self.folder = Path(folder) if folder else data_folder() / "results"
 
     def path(self, experiment: Experiment) -> Path:
@@ -224,15 +214,10 @@ class Ledger:
 
     def put(self, experiment: Experiment, record: dict) -> Path:
         "Where the record is, now that it is written."
-        write_atomically(self.path(experiment), (json.dumps(_without_nan(record), indent=1) + "\n").encode())
+        plain = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no NaN
+        write_atomically(self.path(experiment), (json.dumps(plain, indent=1) + "\n").encode())
         return self.path(experiment)
 
     def all(self) -> list[dict]:
         "Every record, by key."
         return [json.loads(f.read_text()) for f in sorted(self.folder.glob("*.json"))]
-
-
-def _without_nan(value):
-    if isinstance(value, dict): return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..files import data_folder
+from ..files import data_folder, write_together
 from ..labels import CLASSES, PALETTE, colorize
 from .experiments import PRESETS, Ledger, plan
 
@@ -38,9 +38,8 @@ def in_percent(
     return "–" if not count else f"{100 * mean:{sign}.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
 
 # %% ../../nbs/53_report.ipynb #c2666892
-_HEADS = ("Road S.walk Build. Wall Fence Pole Tr.Light Sign Vege. Terrain Sky Person Rider Car Truck Bus Train M.bike "
-    "Bike")
-SHORT = dict(zip(CLASSES, _HEADS.split()))  # class -> its head in the paper's tables
+SHORT = dict(zip(CLASSES, ("Road S.walk Build. Wall Fence Pole Tr.Light Sign Vege. Terrain Sky Person Rider Car Truck "
+    "Bus Train M.bike Bike").split()))  # class -> its head in the paper's tables
 LABELS = {"freeze": "Freeze", "full": "Full", "rein_g": "Rein-G (source)", "control": "control (source only)",
     "rein_a": "Rein-A"}
 ROWS = {label: dict(method=method) for method, label in LABELS.items()}
@@ -79,10 +78,7 @@ def _state(records):
 
 # %% ../../nbs/53_report.ipynb #4df091b6
 def _as_long(a, b):
-    """Two adaptations are compared only when they ran for as many iterations, from starts of as many.
-
-    Two source models, too; an adaptation with a source model as long as its start. (Records without `start_iterations`
-    are older than that field.)"""
+    "Whether two records may be compared. (Those without `start_iterations` are older than that field.)"
     iterations = [r["config"]["training"]["iterations"] for r in (a, b)]
     adapted = [r["config"]["start"] is not None for r in (a, b)]
     start = [r.get("start_iterations") if adapts else n for r, adapts, n in zip((a, b), adapted, iterations)]
@@ -101,16 +97,12 @@ def differences(
     return [x["metrics"][domain]["miou"] - y["metrics"][domain]["miou"] for x, y in pairs if _as_long(x, y)]
 
 
-def above(
-    better: list[dict],  # as in `differences`
-    other: list[dict],
-    domain: str,
-) -> tuple[float, float, int]:  # mean difference, its sample standard deviation (NaN below two seeds), seeds in common
-    "Difference of target mIoU, paired by seed, of runs of the same length, in fractions."
+def above(better: list[dict], other: list[dict], domain: str) -> tuple[float, float, int]:
+    "Mean of `differences`, their sample standard deviation (NaN below two seeds), and how many there are."
     mean, spread, count = mean_spread(differences(better, other, domain))
     return mean, math.nan if spread is None else spread, count
 
-
+# %% ../../nbs/53_report.ipynb #3ac50e97
 def verdicts(
     preset: str,
     ledger: Ledger | None = None,
@@ -156,17 +148,14 @@ def comparison(
             gain = in_percent(differences(ours, records.get(base, []), domain), "+")
             here = [r["metrics"][domain] for r in ours if domain in r["metrics"]]
             table.append({
-                "target": target,
-                "method": label,
-                "mIoU": in_percent([m["miou"] for m in here]),
-                "difference": "" if label == base else gain,
+                "target": target, "method": label,
+                "mIoU": in_percent([m["miou"] for m in here]), "difference": "" if label == base else gain,
                 "pixel accuracy": in_percent([m["pixel_accuracy"] for m in here]),
                 "source mIoU": in_percent([r["metrics"].get(p.source_val, {}).get("miou") for r in ours]),
-                "seeds": len(ours),
-                **_state(ours)})
+                "seeds": len(ours), **_state(ours)})
     return pd.DataFrame(table).set_index(["target", "method"])
 
-
+# %% ../../nbs/53_report.ipynb #d7e0a915
 def across_targets(
     preset: str,
     rows: dict,  # label -> arguments of `plan`
@@ -183,13 +172,11 @@ def across_targets(
         some = next(filter(None, records.values()), [])
         source = _miou(next(iter(records.values())), p.source_val).values() if p.source_val else []
         table.append({
-            "row": label,
-            "parameters": f"{some[0]['parameters']['adapter']:,}" if some else "–",
+            "row": label, "parameters": f"{some[0]['parameters']['adapter']:,}" if some else "–",
             **({"source": in_percent(source)} if p.source_val else {}),
             **{t: in_percent(by_seed.values()) for t, by_seed in miou.items()},
             "mean": in_percent([statistics.fmean(by_seed[s] for by_seed in miou.values()) for s in seeds]),
-            "seeds": len(seeds),
-            **_state(some)})
+            "seeds": len(seeds), **_state(some)})
     return pd.DataFrame(table).set_index("row")
 
 
@@ -213,35 +200,25 @@ def per_class(
     return pd.DataFrame(table, columns=None if table else [*index, "mIoU"]).set_index(index)
 
 # %% ../../nbs/53_report.ipynb #e2a7601c
-def footer(
-    records: list[dict],
-) -> str:
+def footer(records: list[dict]) -> str:
     "Provenance of a table in one line: records (each counted once), commits, versions, devices, hours."
     records = list({r["key"]: r for r in records}.values())
     if not records: return "no records"
-
-    def unique(read):
-        return ", ".join(sorted({str(read(r)) for r in records}))
-
-    hours = sum(r["training"]["seconds"] for r in records) / 3600
-    return (f"{len(records)} records; commit {unique(lambda r: r['commit'])}; "
-        f"torch {unique(lambda r: r['versions']['torch'])}, timm {unique(lambda r: r['versions']['timm'])}; "
-        f"{unique(lambda r: r['training']['device'])}, {unique(lambda r: r['training']['precision'])}; "
-        f"{hours:.1f} h of training")
+    flat = pd.json_normalize(records)
+    names = ("commit", "versions.torch", "versions.timm", "training.device", "training.precision")
+    made_by, torch, timm, device, precision = (", ".join(sorted(map(str, flat[name].unique()))) for name in names)
+    return (f"{len(records)} records; commit {made_by}; torch {torch}, timm {timm}; {device}, {precision}; "
+        f"{flat['training.seconds'].sum() / 3600:.1f} h of training")
 
 
-def markdown(
-    table: pd.DataFrame,
-) -> str:
+def markdown(table: pd.DataFrame) -> str:
     "A table as Markdown, index included."
     flat = table.reset_index()
     rows = [list(flat.columns), ["---"] * flat.shape[1], *flat.astype(str).values.tolist()]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 # %% ../../nbs/53_report.ipynb #c19051b7
-def paper_table(
-    number: int,
-) -> pd.DataFrame:
+def paper_table(number: int) -> pd.DataFrame:
     "A printed table of the paper, every row and column. Raises FileNotFoundError for one that is not typed in."
     file = data_folder() / "paper" / f"table{number}.csv"
     if not file.exists():
@@ -322,7 +299,7 @@ def export_table(
     name: str,  # of the files, without ending
     best: tuple = (),  # columns whose best value is bold and second best underlined in LaTeX
 ) -> list[Path]:
-    """The table's four files. Heads of two levels stay two lines in LaTeX and become one elsewhere."""
+    "The table's four files. Heads of two levels stay two lines in LaTeX and become one elsewhere."
     text = table.reset_index().apply(_as_text)
     tex = _marked(text.map(lambda cell: cell.translate(str.maketrans(_TEX))), best, r"\textbf{%s}", r"\underline{%s}")
     tex = tex.rename(columns=lambda head: str(head).translate(str.maketrans(_TEX)))
@@ -332,10 +309,9 @@ def export_table(
     plain = text.set_axis([" ".join(filter(None, c)) if isinstance(c, tuple) else c for c in text.columns], axis=1)
     texts = {"csv": plain.to_csv(index=False), "tex": latex, "html": plain.to_html(index=False, border=0),
         "md": markdown(plain.set_index(plain.columns[0]))}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for ending, content in texts.items():
-        (Path(folder) / f"{name}.{ending}").write_text(content, encoding="utf-8")
-    return [Path(folder) / f"{name}.{ending}" for ending in texts]
+    files = {Path(folder) / f"{name}.{ending}": content.encode() for ending, content in texts.items()}
+    write_together(files)
+    return list(files)
 
 # %% ../../nbs/53_report.ipynb #95741784
 def prediction_grid(

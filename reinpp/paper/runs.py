@@ -66,9 +66,8 @@ def objective_of(
     "The objective with the run's settings."
     d = experiment.data
     source = open_domain(experiment.source, data_root)
-    transform = TrainTransform(
-        crop=d["crop"], base=d["base"], scales=d["scales"], max_long=d["max_long"],
-        min_class_pixels=d["min_class_pixels"], fill=tuple(segmenter.mean.flatten().tolist()))
+    crop = {k: d[k] for k in ("crop", "base", "scales", "max_long", "min_class_pixels")}
+    transform = TrainTransform(**crop, fill=tuple(segmenter.mean.flatten().tolist()))
     if experiment.method != "rein_a":
         sampler = Sampler(source, rcs=d["rcs"], min_pixels=d["min_class_pixels"])
         return Generalize(segmenter, source, transform, sampler, d["num_points"], augment=d.get("augment"))
@@ -141,9 +140,8 @@ def _train(experiment, segmenter, runs, data_root, made_by, **options):
         print(f"training {experiment}", flush=True)
     objective = objective_of(experiment, segmenter, data_root, runs)
     made = fit(objective, run_dir=folder, seed=experiment.seed, **experiment.training, **options)
-    kept = ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory")
-    training = {k: made[k] for k in kept} | dict(commit=made_by)
-    training |= {k: made[k] for k in ("processes",) if k in made}
+    kept = ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory", "processes")
+    training = {k: made[k] for k in kept if k in made} | dict(commit=made_by)
     if get_rank() == 0:
         record = dict(key=experiment.training_key, run=str(experiment), training=training)
         segmenter.save_adapter(folder / "adapter", record=record)
@@ -231,7 +229,7 @@ def estimate(
         peak = f", {memory / 1e9:.1f} GB" if memory else ""
         lines.append(f"{one}: {each:.2f} s an iteration, about {duration(seconds)}{peak}")
     only = len(experiments) - sum(e.training_key in needed for e in experiments)
-    rest = f"; {only} runs are trained already and only need their evaluation" if only else ""
+    rest = f"; trained already, and only to be evaluated: {only}" if only else ""
     return "\n".join([*lines, f"in total about {duration(total)} of training here{rest}"])
 
 

@@ -23,8 +23,8 @@ def check_names(
 ) -> None:
     "Nothing comes back. Raises ValueError for a parameter that the notebook does not have (a misspelt `-p`)."
     plain = (str, int, float, bool, list, dict, type(None))
-    given = [name for name, value in namespace.items() if isinstance(value, plain) and not name.startswith("_")]
-    unknown = [name for name in given if name not in ("In", "Out", *known.split())]
+    unknown = [name for name, value in namespace.items() if isinstance(value, plain) and not name.startswith("_")
+        and name not in ("In", "Out", *known.split())]
     if unknown:
         raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook takes {', '.join(known.split())}")
 
@@ -55,9 +55,7 @@ def check_parameters(
             raise ValueError(f"{name}={value!r}: use a whole number from 1 up, or None")
 
 # %% ../../nbs/54_tables.ipynb #13d66459
-def missing_for_paper(
-    data_root: str | Path | None = None,
-) -> list[str]:  # empty where nothing is missing
+def missing_for_paper(data_root: str | Path | None = None) -> list[str]:
     "One line for each thing that the paper preset lacks here: a GPU, a dataset, a package."
     lacks = []
     if not torch.cuda.is_available():
