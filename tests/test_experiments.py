@@ -69,7 +69,18 @@ def test_two_at_once_make_one_record(tmp_path):
     assert len(log.read_text().splitlines()) == 1, "trained once"
 
 
-def test_every_record_of_the_ledger_is_frozen():
+def test_a_run_is_planned_without_any_model():
+    code = """
+import sys
+import reinpp.paper.experiments
+above = ("reinpp.models", "reinpp.training", "reinpp.adaptation")
+assert not [name for name in sys.modules if name.startswith(above)]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_frozen_records_are_all_there():
     assert len(FROZEN) == 89
     assert FROZEN.keys() <= {f.stem for f in (data_folder() / "results").glob("*.json")}
 
