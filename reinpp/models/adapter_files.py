@@ -61,10 +61,8 @@ def write_adapter(
     return folder
 
 # %% ../../nbs/26_adapter_files.ipynb #883ee6fa
-def read_adapter(
-    folder: str | Path,  # that `write_adapter` wrote
-) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Settings and tensors of an adapter folder.
+def read_adapter(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Settings and tensors of a folder that `write_adapter` wrote.
 
     Raises `FileNotFoundError` when a file is missing, `ValueError` when one is damaged or was altered."""
     folder = Path(folder)
@@ -75,10 +73,10 @@ def read_adapter(
     try:
         config = dict(backbone_args={}, dtype="float32", record={}) | json.loads(settings.read_text())
         absent = [key for key in (*IDENTITY, "image_size", "sha256") if key not in config]
+        if absent:
+            raise ValueError(f"no {', '.join(absent)}")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{settings} is damaged ({error}): fetch it again") from error
-    if absent:
-        raise ValueError(f"{settings} is damaged (no {', '.join(absent)}): fetch it again")
     data = weights.read_bytes()
     if hashlib.sha256(data).hexdigest() != config["sha256"]:
         raise ValueError(
@@ -94,47 +92,40 @@ def read_adapter(
     return config, state
 
 # %% ../../nbs/26_adapter_files.ipynb #93ab60d4
-def check_fits(
-    folder: str | Path,  # for messages
-    config: dict,  # of `read_adapter`
-    state: dict[str, torch.Tensor],  # of `read_adapter`
-    own_config: dict,  # the segmenter's
-    own_state: dict[str, torch.Tensor],  # the segmenter's
-) -> None:
-    "Nothing comes back. Raises `ValueError` where settings, names or shapes are not this segmenter's."
+def check_fits(folder: str | Path, config: dict, state: dict, own_config: dict, own_state: dict) -> None:
+    """Nothing comes back. What was read from a folder is this segmenter's in settings, names and shapes.
+
+    Raises `ValueError` where it is not."""
     own = identity(own_config)
     for key, theirs in identity(config).items():
         if theirs != own[key]:
-            raise ValueError(
-                f"{folder}: {key} is {theirs!r}, this segmenter has {own[key]!r}: use load_segmenter(folder), or "
-                "create the segmenter to match")
+            raise ValueError(f"{folder}: {key} is {theirs!r}, this segmenter has {own[key]!r}: use "
+                             "load_segmenter(folder), or create the segmenter to match")
     wrong = sorted(own_state.keys() ^ state.keys())
     if wrong:
-        raise ValueError(
-            f"{folder}: {len(wrong)} tensors are missing or unexpected, first {wrong[0]}: it was saved by another "
-            "version or configuration")
-    wrong = [name for name, t in own_state.items() if t.shape != state[name].shape]
+        raise ValueError(f"{folder}: {len(wrong)} tensors are missing or unexpected, first {wrong[0]}: it was saved by "
+                         "another version or configuration")
+    wrong = [(name, tuple(state[name].shape), tuple(t.shape)) for name, t in own_state.items()
+             if t.shape != state[name].shape]
     if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{folder}: {len(wrong)} tensors have another shape, first {name}: {tuple(state[name].shape)} in the file, "
-            f"{tuple(own_state[name].shape)} here")
+        name, theirs, ours = wrong[0]
+        raise ValueError(f"{folder}: {len(wrong)} tensors have another shape, first {name}: {theirs} in the file, "
+                         f"{ours} here")
 
 # %% ../../nbs/26_adapter_files.ipynb #d4a58b19
-def model_card(config: dict) -> str:  # of `read_adapter`
-    "README.md of an adapter: what it is, how to use it, how it was trained."
-    backbone, adapter, head = (config[key] for key in ("backbone", "adapter", "head"))
+def model_card(config: dict) -> str:
+    "README.md of an adapter, from `read_adapter`'s settings: what it is, how to use it, how it was trained."
+    backbone = config["backbone"]
     name = BACKBONES[backbone].timm_name if backbone in BACKBONES else backbone
     base = "" if backbone == "tiny" else f"base_model: timm/{name}\n"
-    settings = "\n".join(f"| {key} | `{json.dumps(config[key])}` |" for key in (*IDENTITY, "image_size", "dtype"))
     return f"""---
 library_name: reinpp
 pipeline_tag: image-segmentation
 {base}tags: [semantic-segmentation, domain-generalization, rein]
 ---
-# {adapter} and {head} on {backbone}
+# {config["adapter"]} and {config["head"]} on {backbone}
 
-Adapter and head of a frozen {backbone} for {config['num_classes']} classes. The backbone is not in this repository.
+Adapter and head of a frozen {backbone} for {config["num_classes"]} classes. The backbone is not in this repository.
 
 ```python
 from reinpp import load_segmenter, pull_adapter
@@ -143,13 +134,9 @@ segmenter = load_segmenter(pull_adapter(<this repository>))
 scores = segmenter.predict(images)  # (B, 3, H, W) in [0, 1] -> (B, K, H, W)
 ```
 
-| setting | |
-|---|---|
-{settings}
-
-## Record
+## Settings and record
 ```json
-{json.dumps(config['record'], indent=1)}
+{json.dumps(config, indent=1)}
 ```
 """
 
@@ -160,9 +147,8 @@ def push_adapter(
     private: bool = True,  # False: everybody can see a repository that is made here
     record: dict | None = None,  # see `save_adapter`, for a segmenter
     dtype: str | None = None,  # likewise
-    token: str | None = None,  # None: the one of `hf auth login` or HF_TOKEN
 ) -> str:  # the commit's address
-    """Upload an adapter and its model card, in one commit.
+    """Upload an adapter and its model card in one commit, as whom `hf auth login` or HF_TOKEN says.
 
     Raises `ConnectionError` when the Hub refuses or cannot be reached."""
     from huggingface_hub import HfApi
@@ -175,7 +161,7 @@ def push_adapter(
         write_atomically(Path(folder) / "README.md", model_card(config).encode())
         message = f"{config['adapter']} adapter for {config['backbone']}"
         try:
-            api = HfApi(token=token)
+            api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
         except Exception as error:
@@ -187,15 +173,13 @@ def push_adapter(
 def pull_adapter(
     repo_id: str,  # user/name on the Hugging Face Hub
     revision: str | None = None,  # branch, tag or commit; None: the newest
-    token: str | None = None,  # for a private one; None: the one of `hf auth login` or HF_TOKEN
 ) -> Path:  # folder for `load_adapter` and `load_segmenter`
     """Fetch an adapter into the local cache and check it.
 
     Raises `ConnectionError` when it cannot be had, and what `read_adapter` raises when it is no adapter."""
     from huggingface_hub import snapshot_download
     try:
-        wanted = [WEIGHTS, SETTINGS, "README.md"]
-        folder = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, SETTINGS, "README.md"])
     except Exception as error:
         raise ConnectionError(
             f"{repo_id}{f' at {revision}' if revision else ''} could not be fetched ({_first_line(error)}): check the "

@@ -30,18 +30,13 @@ STRIDES = (4, 8, 16, 32)  # of the head's pyramid, in pixels
 
 
 class Segmenter(nn.Module):
-    "A vision foundation model that segments. Made by `create_segmenter`."
+    """A vision foundation model that segments. Made by `create_segmenter`.
 
-    def __init__(
-        self,
-        backbone: nn.Module,  # from `create_backbone`
-        adapter: nn.Module,  # from `create_adapter`; attached here
-        head: nn.Module,  # takes four maps and the adapter's queries
-        num_classes: int,  # K
-        mean: tuple,  # per channel, of images in [0, 1]
-        std: tuple,  # per channel
-        config: dict,  # what made it: goes into the adapter file
-    ):
+    Of a backbone from `create_backbone`, an adapter from `create_adapter` (attached here), a head that takes four maps
+    and the adapter's queries, K classes, mean and std per channel of images in [0, 1], and what made it all."""
+
+    def __init__(self, backbone: nn.Module, adapter: nn.Module, head: nn.Module, num_classes: int, mean: tuple,
+                 std: tuple, config: dict):
         super().__init__()
         self.backbone, self.adapter, self.head = backbone, adapter, head
         self.num_classes, self.config = num_classes, config
@@ -115,9 +110,6 @@ def create_segmenter(
         adapter_args = dict(query_dim=head_args["hidden_dim"]) | adapter_args
     tune = create_adapter(adapter, vit, **adapter_args)
     queries = tune.queries()
-    if queries is not None and head in PER_PIXEL:
-        raise ValueError(
-            f"head={head!r} labels pixels and has no queries to link: leave link_queries out of adapter_args")
     sizes = dict(scales=tuple(patch_size / stride for stride in STRIDES), linked=queries is not None)
     if queries is not None:
         sizes["num_queries"] = len(queries)
@@ -176,13 +168,9 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 # %% ../../nbs/27_segmenter.ipynb #b8e4120f
 @patch
-def window_scores(
-    self: Segmenter,
-    images: torch.Tensor,  # (B, 3, H, W) in [0, 1], any H and W
-) -> torch.Tensor:
-    "Scores (B, K, H, W) float32 of images that are looked at as a whole."
-    height, width = images.shape[-2:]
-    patch_size = patch_size_of(self.backbone)
+def window_scores(self: Segmenter, images: torch.Tensor) -> torch.Tensor:
+    "Scores (B, K, H, W) float32 of images (B, 3, H, W) in [0, 1] of any size, looked at as a whole."
+    (height, width), patch_size = images.shape[-2:], patch_size_of(self.backbone)
     least = -(-STRIDES[-1] // patch_size)  # patches a side: the coarsest map needs a pixel
     size = tuple(max(-(-side // patch_size), least) * patch_size for side in (height, width))
     if size != (height, width):
@@ -192,7 +180,7 @@ def window_scores(
     scores = F.interpolate(self.scores(images).float(), size, mode="bilinear", align_corners=False)
     return scores[..., :height, :width]
 
-
+# %% ../../nbs/27_segmenter.ipynb #c93a0f5d
 @patch
 @torch.no_grad()
 def predict(
@@ -202,11 +190,11 @@ def predict(
     stride: int | None = None,  # between windows; None: two thirds of the window (341 for 512, 683 for 1024)
     batch: int = 8,  # windows a forward pass, of all images together
     precision: str | None = None,  # "bf16": products in bfloat16; "float32"; None: what autocast around the call says
-) -> torch.Tensor:  # scores (B, K, H, W) float32
+) -> torch.Tensor:  # (B, K, H, W) float32
     """Scores at full resolution, averaged over windows; a side shorter than the window is taken whole.
 
-    Many images of one size: `compile_blocks()` first, and `merged` of `reinpp.models.export`. Raises `ValueError` for
-    an unknown precision."""
+    Raises `ValueError` for an unknown precision. For many images of one size see `compile_blocks` and `export.merged`.
+    """
     check_choice("precision", precision, (None, "bf16", "float32"))
     if precision:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -215,48 +203,35 @@ def predict(
     h, w = (min(window, height), min(window, width)) if window else (height, width)
     step = stride or (max(1, round(window * 2 / 3)) if window else max(h, w))
     rows, columns = window_starts(height, h, step), window_starts(width, w, step)
-    corners = [(b, y, x) for b in range(count) for y in rows for x in columns]
+    places = [(b, slice(None), slice(y, y + h), slice(x, x + w)) for b in range(count) for y in rows for x in columns]
     total = images.new_zeros(count, self.num_classes, height, width, dtype=torch.float32)
     seen = images.new_zeros(count, 1, height, width, dtype=torch.float32)
-    for start in range(0, len(corners), batch):
-        places = [(b, slice(None), slice(y, y + h), slice(x, x + w)) for b, y, x in corners[start : start + batch]]
-        for place, scores in zip(places, self.window_scores(torch.stack([images[place] for place in places]))):
+    for start in range(0, len(places), batch):
+        chunk = places[start : start + batch]
+        for place, scores in zip(chunk, self.window_scores(torch.stack([images[place] for place in chunk]))):
             total[place] += scores
             seen[place] += 1
     return total.div_(seen)
 
 # %% ../../nbs/27_segmenter.ipynb #883ee6fa
 @patch
-def save_adapter(
-    self: Segmenter,
-    folder: str | Path,  # made if it is missing
-    record: dict | None = None,  # how it was trained: kept in the config
-    dtype: str | None = None,  # "float16" or "bfloat16": half the size, rounded; None: bit for bit
-) -> Path:  # the folder
-    "Write what was trained and what made it, whole or not at all; raises what `write_adapter` raises."
+def save_adapter(self: Segmenter, folder: str | Path, record: dict | None = None, dtype: str | None = None) -> Path:
+    "The folder, with what was trained and what made it; arguments, errors and form are those of `write_adapter`."
     return write_adapter(folder, self.trained_state(), self.config, record, dtype)
 
 
 @patch
-def load_adapter(
-    self: Segmenter,
-    folder: str | Path,  # that `save_adapter` wrote
-) -> Segmenter:  # itself
-    """Load an adapter onto this segmenter's device and dtype; one held backbone changes its domain.
+def load_adapter(self: Segmenter, folder: str | Path) -> Segmenter:
+    """Itself, with the adapter of a folder on its own device and in its own dtype.
 
     `loaded` says what came in, a warning that it came in half precision. Raises what `read_adapter` and `check_fits`
-    raise."""
+    raise; the segmenter is left as it was then."""
     config, state = read_adapter(folder)
     own = self.trained_state()
     check_fits(folder, config, state, self.config, own)
-    before = {name: t.clone() for name, t in own.items()}
-    try:
-        for name, t in own.items():
-            t.copy_(state[name])
-    except BaseException:
-        for name, t in own.items():
-            t.copy_(before[name])
-        raise
+    moved = {name: state[name].to(t) for name, t in own.items()}  # what can fail, fails before anything is changed
+    for name, t in own.items():
+        t.copy_(moved[name])
     megabytes = round(sum(t.nbytes for t in state.values()) / 1e6, 3)
     self.loaded = dict(folder=str(folder), dtype=config["dtype"], megabytes=megabytes, record=config["record"])
     if config["dtype"] != "float32":
@@ -275,11 +250,8 @@ def load_segmenter(
 
 # %% ../../nbs/27_segmenter.ipynb #94c1fa6e
 @patch
-def compile_blocks(
-    self: Segmenter,
-    **options,  # of `torch.compile`
-) -> Segmenter:  # itself
-    "Compile the backbone's blocks, all of one class by one program."
+def compile_blocks(self: Segmenter, **options) -> Segmenter:
+    "Itself, with the backbone's blocks compiled, all of one class by one program; `options` are torch.compile's."
     programs = {kind: torch.compile(kind.forward, **options) for kind in {type(b) for b in self.backbone.blocks}}
     for block in self.backbone.blocks:
         block.forward = MethodType(programs[type(block)], block)  # bound: a copy of the segmenter runs its own blocks
