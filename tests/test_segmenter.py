@@ -106,8 +106,8 @@ def test_tiny_segmenter_is_small_and_takes_changes():
 def test_any_size_and_window(size, window, stride, plain):
     images = torch.rand(2, 3, *size)
     scores = plain.predict(images, window, stride)
-    assert scores.shape == (
-        2, 5, *size) and scores.dtype == torch.float32 and scores.isfinite().all() and scores.min() >= 0
+    assert scores.shape == (2, 5, *size) and scores.dtype == torch.float32
+    assert scores.isfinite().all() and scores.min() >= 0
     if window is None or window >= max(size):
         assert torch.equal(scores, plain.predict(images))
 
@@ -129,8 +129,8 @@ def test_windows_are_averaged_and_batching_changes_nothing(plain):
 def test_windows_of_the_paper_cover_every_pixel_once_or_more(window, stride, length):
     starts = window_starts(length, window, stride)
     assert starts[0] == 0 and starts[-1] + window == max(length, window) and len(set(starts)) == len(starts)
-    assert all(0 < b - a <= stride for a, b in zip(starts, starts[1:])) and len(starts) == max(0,
-        -(-(length - window) // stride)) + 1
+    assert all(0 < b - a <= stride for a, b in zip(starts, starts[1:]))
+    assert len(starts) == max(0, -(-(length - window) // stride)) + 1
 
 
 @pytest.mark.parametrize("window, stride", [(512, 341), (1024, 683)])
@@ -148,8 +148,8 @@ def test_bfloat16(head):
     exact = segmenter.predict(images, 48, 32)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = segmenter.predict(images, 48, 32)
-    assert rounded.dtype == torch.float32 and rounded.isfinite().all() and (
-        rounded - exact).abs().mean() < 0.2 * exact.mean()
+    assert rounded.dtype == torch.float32 and rounded.isfinite().all()
+    assert (rounded - exact).abs().mean() < 0.2 * exact.mean()
     held = make(head=head, backbone_args=dict(hold="bf16"))
     assert held.predict(images, 48, 32).isfinite().all() and held.config["backbone_args"] == dict(hold="bf16")
 
@@ -182,10 +182,11 @@ def test_precision_is_chosen_or_refused(plain):
 def test_what_a_file_holds_does_not_depend_on_freezing(saved, tmp_path):
     segmenter, folder = saved
     frozen = copy.deepcopy(segmenter).requires_grad_(False)
-    assert (frozen.save_adapter(tmp_path / "frozen") / "adapter_model.safetensors").read_bytes() == (
-        folder / "adapter_model.safetensors").read_bytes()
-    assert torch.equal(make(seed=9).requires_grad_(False).load_adapter(folder).predict(IMAGES),
-        segmenter.predict(IMAGES))
+    again = frozen.save_adapter(tmp_path / "frozen")
+    first, second = ((f / "adapter_model.safetensors").read_bytes() for f in (folder, again))
+    assert first == second
+    other = make(seed=9).requires_grad_(False).load_adapter(folder)
+    assert torch.equal(other.predict(IMAGES), segmenter.predict(IMAGES))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -201,8 +202,8 @@ def test_half_precision(dtype, saved, tmp_path):
     with pytest.warns(UserWarning, match=f"stored in {dtype}"):
         other.load_adapter(half)
     assert other.loaded["dtype"] == dtype and all(p.dtype == torch.float32 for p in other.parameters())
-    assert all(torch.equal(t, segmenter.trained_state()[n].to(getattr(torch, dtype)).float()) for n,
-        t in other.trained_state().items())
+    full = segmenter.trained_state()
+    assert all(torch.equal(t, full[n].to(getattr(torch, dtype)).float()) for n, t in other.trained_state().items())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.to(torch.bfloat16).load_adapter(folder)
@@ -349,8 +350,8 @@ def test_one_backbone_two_domains(saved, tmp_path):
     places = {n: p.data_ptr() for n, p in segmenter.named_parameters()}
     for folder, scores in ((first, day), (second, night), (first, day)):
         assert torch.equal(segmenter.load_adapter(folder).predict(IMAGES), scores) and not torch.equal(day, night)
-    assert places == {n: p.data_ptr() for n,
-        p in segmenter.named_parameters()}, "nothing moved: optimisers and copies on a device stay valid"
+    now = {n: p.data_ptr() for n, p in segmenter.named_parameters()}
+    assert places == now, "nothing moved: optimisers and copies on a device stay valid"
 
 
 @pytest.mark.parametrize("folder", sorted((data_folder() / "weights").glob("*_rein_g_seed0")), ids=lambda f: f.name)

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -78,13 +79,10 @@ SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}  # format -> of its files
 def _onnxruntime():
     "The module. Raises `ImportError`, with what to do, where a package of ONNX is missing."
     try:
-        import onnx
-        import onnxruntime
-        import onnxscript
+        return [import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
     except ImportError as error:
-        raise ImportError(f"format='onnx' needs onnx, onnxscript and onnxruntime ({error}): pip install onnx onnxscript "
-                          "onnxruntime, or use format='torch'") from error
-    return onnxruntime
+        raise ImportError(f"format='onnx' needs onnx, onnxscript and onnxruntime ({error}): pip install onnx "
+                          "onnxscript onnxruntime, or use format='torch'") from error
 
 
 def load_program(path: str | Path) -> Callable:

@@ -118,9 +118,8 @@ def load_official(
     Raises `ValueError` with the keys that it has too many or too few, or whose shapes do not fit this backbone, and
     what `read_checkpoint` raises."""
     state = {present_name(name): t for name, t in read_checkpoint(path).items()
-             if not name.startswith("data_preprocessor.") and not name.endswith("class_weight")}
+             if not name.startswith("data_preprocessor.") and not name.endswith(("class_weight", "mask_token"))}
     frozen = {name: state.pop(name) for name in list(state) if re.match(r"backbone\.(?!reins\.)", name)}
-    frozen.pop("backbone.mask_token", None)  # of DINOv2's own training
     names = official_names(*_layers(state))
     _compare(path, {theirs for theirs, _ in names.values()}, state.keys())
     looks = len(state["decode_head.pixel_decoder.encoder.layers.0.self_attn.attention_weights.bias"])
