@@ -1,4 +1,4 @@
-"Exported programs: equal to the segmenter, for any number of images, without this package; what differs leaves no file."
+"Exported programs: equal to the segmenter, for any number of images, alone; what differs leaves no file."
 import subprocess
 import sys
 

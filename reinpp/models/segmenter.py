@@ -110,7 +110,12 @@ def create_segmenter(
         adapter_args = dict(query_dim=head_args["hidden_dim"]) | adapter_args
     tune = create_adapter(adapter, vit, **adapter_args)
     queries = tune.queries()
-    sizes = dict(scales=tuple(patch_size / stride for stride in STRIDES), linked=queries is not None)
+    if queries is not None and head in PER_PIXEL:
+        raise ValueError(
+            f"head={head!r} labels pixels and has no queries to link: leave link_queries out of adapter_args")
+    sizes = dict(scales=tuple(patch_size / stride for stride in STRIDES))
+    if head not in PER_PIXEL:
+        sizes["linked"] = queries is not None
     if queries is not None:
         sizes["num_queries"] = len(queries)
     try:
