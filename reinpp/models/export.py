@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbones import patch_size_of
-from .rein_g import Adapter, Memory, ReinG
+from .rein_g import Adapter, ReinG
 from .segmenter import STRIDES, Segmenter
 
 # %% ../../nbs/29_export.ipynb #2c5c1bda
 class MergedReinG(ReinG):
-    """A trained Rein-G for inference: keys, values and queries are buffers, computed once; the MLP is the trained one.
+    """A trained Rein-G for inference: tokens, values and queries are buffers, computed once; the MLP is the trained one.
 
     It refines exactly as the original does, and cannot be trained."""
 
@@ -30,18 +30,23 @@ class MergedReinG(ReinG):
         Adapter.__init__(self, **adapter.config)
         for name in ("depth", "num_heads", "num_prefix_tokens", "share_mlp"):
             setattr(self, name, getattr(adapter, name))
-        self.mlp, self._memory = adapter.mlp, Memory()
+        self.mlp = adapter.mlp
         scale = adapter.scale.detach().clone()
         with torch.no_grad():
-            pairs = [adapter.keys_and_values(layer, scale.device.type, scale.dtype) for layer in range(adapter.depth)]
+            tokens = [adapter.tokens(layer) for layer in range(adapter.depth)]
+            values = [adapter.values(t, layer) for layer, t in enumerate(tokens)]
             queries = adapter.queries()
-        for name, value in (("scale", scale), ("keys", torch.stack([k for k, _ in pairs])),
-                ("values", torch.stack([v for _, v in pairs])), ("linked", queries)):
+        for name, value in (("scale", scale), ("constant_tokens", torch.stack(tokens)),
+                ("constant_values", torch.stack(values)), ("linked", queries)):
             self.register_buffer(name, value)
 
-    def keys_and_values(self, layer: int, device_type: str, dtype: torch.dtype) -> tuple:
-        "T and V of one layer by heads, each (h, m, c / h)."
-        return self.keys[layer].to(dtype), self.values[layer].to(dtype)
+    def tokens(self, layer: int) -> torch.Tensor:
+        "T of one layer (m, c)."
+        return self.constant_tokens[layer]
+
+    def values(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        "V of one layer (m, c), with 0 for token 0."
+        return self.constant_values[layer]
 
     def queries(self) -> torch.Tensor | None:
         "The linked queries (m, query_dim); None where the head has its own."
