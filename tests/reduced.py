@@ -1,4 +1,4 @@
-"Reduced backbones: the timm class and options of every named backbone, but four narrow blocks, so that a test takes milliseconds."
+"Reduced backbones: the timm class and options of every named one, but four narrow blocks, so that tests are quick."
 import torch
 
 from reinpp.models.backbones import BACKBONES, create_backbone
@@ -7,9 +7,9 @@ NAMES = tuple(BACKBONES)
 
 
 def reduced(name: str, image_size: int | tuple[int, int] = 64, **options):
-    """The backbone `name` with 4 blocks of width 48, 3 heads and patches of 16 pixels (tiny.
+    """The backbone `name`, frozen, with 4 blocks of width 48, 3 heads and patches of 16 pixels (tiny: 8).
 
-    8), random weights (the same each time), frozen."""
+    Its weights are random, the same each time."""
     sizes = dict(embed_dim=48, depth=4, num_heads=3) | ({} if name == "tiny" else dict(patch_size=16))
     if name.startswith(("sam_", "samvit")):
         sizes |= dict(window_size=3, global_attn_indexes=(1, 3))

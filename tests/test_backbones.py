@@ -1,4 +1,4 @@
-"Every named backbone, reduced: Rein-G on it and off it, gradients, precisions, sizes; weights from files; InternVL against a plain re-computation."
+"Every named backbone, reduced: with and without Rein-G, gradients, precisions, sizes; weights from files; InternVL."
 import json
 import sys
 
@@ -46,22 +46,21 @@ def test_rein_g_on_every_backbone(name):
         assert all(m.shape == (2, 48, size[0] // patch, size[1] // patch) and m.isfinite().all() for m in base)
         assert not torch.allclose(base[0][0], base[0][1], atol=1e-3), "two images, two answers"
         rein = rein_for(vit)
-        with torch.no_grad():
-            # with gradients SAM's attention takes another kernel, which rounds otherwise
+        with torch.no_grad():  # with gradients SAM's attention takes another kernel, which rounds otherwise
             off = extract_features(vit, images)
         assert all(torch.equal(a, b) for a, b in zip(base, off)), "scale 0 is the base model, bit for bit"
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(base, extract_features(vit, images)))
         rein.scale.data.fill_(0.5)
         refine, seen = rein.forward, {}
 
-        def watched(tokens, layer):
+        def watched(tokens, layer, refine=refine, seen=seen):
             out = refine(tokens, layer)
             seen[layer] = tokens.detach().clone(), out.detach()
             return out
 
         rein.forward = watched
-        given = vit.blocks[-1].register_forward_pre_hook(lambda module,
-            args: seen.update(given=args[0].detach().clone()))
+        given = vit.blocks[-1].register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.update(given=args[0].detach().clone()))
         changed = extract_features(vit, images)
         given.remove()
         assert torch.equal(seen.pop("given"), seen[len(vit.blocks) - 2][1]), "the next block reads the refined tokens"
@@ -76,8 +75,8 @@ def test_rein_g_on_every_backbone(name):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in rein.parameters()), "Rein-G is trained"
         assert all(p.grad is None and not p.requires_grad for p in vit.parameters()), "and nothing else"
         rein.detach()
-        assert all(torch.equal(a, b) for a, b in zip(base,
-            extract_features(vit, images))), "detached is the base model, bit for bit"
+        off = extract_features(vit, images)
+        assert all(torch.equal(a, b) for a, b in zip(base, off)), "detached is the base model, bit for bit"
         assert vit.state_dict().keys() == keys
 
 
@@ -117,8 +116,8 @@ def test_held_in_few_bits(name, hold):
     assert (maps[-1] - reference).norm() / reference.norm() < {"int8": 0.06, "int4": 0.35}[hold]
     rein.scale.data.fill_(0.5)
     sum(m.square().mean() for m in extract_features(held, images)).backward()
-    assert rein.tokens_a.grad.abs().amax(
-        (1, 2)).min() > 0, "gradients reach the first layer's tokens through the packed blocks"
+    reached = rein.tokens_a.grad.abs().amax((1, 2)).min() > 0
+    assert reached, "gradients reach the first layer's tokens through the packed blocks"
 
 
 def test_few_bits_without_torchao(monkeypatch):
@@ -128,14 +127,17 @@ def test_few_bits_without_torchao(monkeypatch):
 
 
 def test_wrong_arguments_say_so():
-    for arguments, message in ((dict(name="dinov2_huge"), "unknown: use one of"),
-            (dict(name="tiny", hold="int3"), "use one of fp32"),
-                               (dict(name="tiny", patch_resize="nearest"), "'timm' or 'official'"),
-                               (dict(name="tiny", device="meta"), "pretrained=False"),
-                               (dict(name="sam2_hiera_tiny"), "stages of different widths"),
-                               (dict(name="resnet18"), "Rein-G"),
-                               (dict(name="naflexvit_base_patch16_siglip"), "no plain vision transformer"),
-                               (dict(name="vit_base_patch16_224.nobody"), "nobody")):
+    refusals = (
+        (dict(name="dinov2_huge"), "unknown: use one of"),
+        (dict(name="tiny", hold="int3"), "use one of fp32"),
+        (dict(name="tiny", patch_resize="nearest"), "patch_resize='nearest' is unknown: use one of timm, official"),
+        (dict(name="tiny", device="meta"), "pretrained=False"),
+        (dict(name="sam2_hiera_tiny"), "stages of different widths"),
+        (dict(name="resnet18"), "Rein-G"),
+        (dict(name="naflexvit_base_patch16_siglip"), "no plain vision transformer"),
+        (dict(name="vit_base_patch16_224.nobody"), "nobody"),
+    )
+    for arguments, message in refusals:
         with pytest.raises(ValueError, match=message) as caught:
             create_backbone(**arguments)
         assert "\n" not in str(caught.value)
@@ -155,12 +157,12 @@ def test_any_timm_name():
 def test_meta_takes_no_memory():
     for name, millions in (("internvl_6b", 5906), ("dinov3_7b", 6716)):
         vit = create_backbone(name, device="meta", pretrained=False)
-        assert all(p.is_meta for p in vit.parameters()) and round(
-            sum(p.numel() for p in vit.parameters()) / 1e6) == millions
+        assert all(p.is_meta for p in vit.parameters())
+        assert round(sum(p.numel() for p in vit.parameters()) / 1e6) == millions
 
 
 # weights
-# ---------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 
 def test_weights_from_files(tmp_path):
     source = reduced("dinov2_large")
@@ -174,8 +176,8 @@ def test_weights_from_files(tmp_path):
     keys = list(state)
     for i in range(3):
         torch.save({k: state[k] for k in keys[i::3]}, shards / f"pytorch_model-{i}.bin")
-    (shards / "pytorch_model.bin.index.json").write_text(
-        json.dumps(dict(weight_map={k: f"pytorch_model-{i % 3}.bin" for i, k in enumerate(keys)})))
+    index = dict(weight_map={k: f"pytorch_model-{i % 3}.bin" for i, k in enumerate(keys)})
+    (shards / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     for file in ("a.safetensors", "b.pth", "c.bin", "d.pt", "shards", "shards/pytorch_model.bin.index.json"):
         loaded = create_backbone("dinov2_large", 64, weights=tmp_path / file, **FEW)
         assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items()), file
@@ -205,8 +207,7 @@ def test_keys_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match="a.safetensors does not fit .*blocks.1.norm1.weight"):
         create_backbone("clip_large", 64, weights=tmp_path / "a.safetensors", **FEW)
     save_file(state | {"head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10)}, tmp_path / "a.safetensors")
-    # a classifier is of no use to anyone here
-    create_backbone("clip_large", 64, weights=tmp_path / "a.safetensors", **FEW)
+    create_backbone("clip_large", 64, weights=tmp_path / "a.safetensors", **FEW)  # nobody here wants a classifier
 
 
 class Bomb:
@@ -250,7 +251,7 @@ def test_a_file_in_the_data_folder_is_found(monkeypatch, tmp_path):
 
 
 # patches of another size
-# -----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("old, new", [(14, 16), (16, 14)])
 @pytest.mark.parametrize("name", ["dinov2_large", "eva02_large"])
@@ -274,18 +275,19 @@ def test_patch_resize_both_ways(name, old, new, tmp_path):
         F.interpolate(kernel, (new, new), mode="bicubic", align_corners=False))
     grid = source.patch_embed.grid_size
     old_map = positions[:, 1:].reshape(1, *grid, -1).permute(0, 3, 1, 2)
-    assert torch.equal(official.pos_embed[:, 1:], F.interpolate(old_map, (8, 4), mode="bicubic",
-        align_corners=False).permute(0, 2, 3, 1).reshape(1, 32, -1))
-    assert torch.equal(
-        official.pos_embed[:, 0], positions[:, 0]) and official.pos_embed.shape == timms.pos_embed.shape == (1, 33, 48)
+    new_map = F.interpolate(old_map, (8, 4), mode="bicubic", align_corners=False)
+    assert torch.equal(official.pos_embed[:, 1:], new_map.permute(0, 2, 3, 1).reshape(1, 32, -1))
+    assert torch.equal(official.pos_embed[:, 0], positions[:, 0])
+    assert official.pos_embed.shape == timms.pos_embed.shape == (1, 33, 48)
     # the answer to a flat patch is the kernel's sum: timm keeps it, the official way scales it by the number of pixels
     def flat(model):
         return model.patch_embed.proj.weight.sum((1, 2, 3))
+
     def slope(model):
         return ((flat(model) @ flat(source)) / (flat(source) @ flat(source))).item()
     assert abs(slope(timms) - 1) < 0.02 and abs(slope(official) - (new / old) ** 2) < 0.02
-    assert all(not p.requires_grad for p in official.parameters()) and extract_features(official,
-        pictures((new * 3, new * 5)))[0].shape == (2, 48, 3, 5)
+    assert all(not p.requires_grad for p in official.parameters())
+    assert extract_features(official, pictures((new * 3, new * 5)))[0].shape == (2, 48, 3, 5)
 
 
 def test_official_resize_refuses_sam():
@@ -294,7 +296,7 @@ def test_official_resize_refuses_sam():
 
 
 # InternVL
-# --------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 
 def published_internvit(depth=4, width=48, side=4, seed=0):
     "Random weights under the published names; nothing is at its initial value."
@@ -305,8 +307,8 @@ def published_internvit(depth=4, width=48, side=4, seed=0):
              "embeddings.patch_embedding.weight": r(width, 3, 14, 14) / 14, "embeddings.patch_embedding.bias": r(width)}
     for i in range(depth):
         state |= {f"encoder.layers.{i}.{k}": v for k, v in {
-            "attn.qkv.weight": r(3 * width, width), "attn.q_norm.weight": 1 + r(width), "attn.k_norm.weight": 1
-            + r(width), "attn.proj.weight": r(width, width), "attn.proj.bias": r(width),
+            "attn.qkv.weight": r(3 * width, width), "attn.q_norm.weight": 1 + r(width),
+            "attn.k_norm.weight": 1 + r(width), "attn.proj.weight": r(width, width), "attn.proj.bias": r(width),
             "ls1": 0.1 + r(width), "ls2": 0.1 + r(width), "mlp.fc1.weight": r(4 * width, width),
             "mlp.fc1.bias": r(4 * width), "mlp.fc2.weight": r(width, 4 * width), "mlp.fc2.bias": r(width),
             "norm1.weight": 1 + r(width), "norm2.weight": 1 + r(width)}.items()}
@@ -346,9 +348,8 @@ def test_internvl_equals_a_plain_recomputation(tmp_path):
     halves = list(state)[::2], list(state)[1::2]
     for i, keys in enumerate(halves):
         save_file({k: state[k] for k in keys}, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps(
-        dict(weight_map={k: f"model-0000{i + 1}-of-00002.safetensors" for i, keys in enumerate(halves) for k in keys})))
+    index = {k: f"model-0000{i + 1}-of-00002.safetensors" for i, keys in enumerate(halves) for k in keys}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
     vit = create_backbone("internvl_6b", 56, patch_size=14, weights=tmp_path, **FEW)
     want = plain_internvit(state, images, heads=3)
     maps = extract_features(vit.double(), images.double(), (0, 1, 2, 3))
@@ -384,7 +385,7 @@ def test_internvl_is_the_published_size():
     vit = create_backbone("internvl_6b", 224, patch_size=14, device="meta", pretrained=False)
     block = vit.blocks[0]
     assert (vit.embed_dim, len(vit.blocks), block.attn.num_heads, block.mlp.fc1.out_features) == (3200, 48, 25, 12800)
-    assert block.attn.qkv.bias is None and block.attn.q_norm.weight.shape == (3200,) and vit.pos_embed.shape == (1, 257,
-        3200)
+    assert block.attn.qkv.bias is None and block.attn.q_norm.weight.shape == (3200,)
+    assert vit.pos_embed.shape == (1, 257, 3200)
     names = convert_internvit(published_internvit(depth=48))
     assert names.keys() == vit.state_dict().keys()

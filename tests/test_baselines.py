@@ -1,7 +1,6 @@
-"Every adapter on every backbone: neutral at first, removable, with gradients only where they belong; and what is particular to each."
+"Every adapter on every backbone: neutral at first, removable, gradients only where they belong; each one's own things."
 import copy
 import functools
-import sys
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from reduced import NAMES, reduced
 
 from reinpp.models.backbones import extract_features
 from reinpp.models.baselines import ADAPTERS, VPT, BitFit, LoRA, create_adapter
-from reinpp.models.segmenter import create_segmenter
+from reinpp.models.segmenter import tiny_segmenter
 from reinpp.training.ema import run_teacher, start_teacher
 
 # registers; qkv fused, its bias in parts; the same with layer scale; plain
@@ -70,8 +69,7 @@ def test_neutral_trained_and_detached(name, adapter):
             assert torch.equal(last(vit, images), base), "neutral at first"
     out = last(vit, images)
     biases = {n for n in before if n.startswith("blocks.") and n.endswith("bias") and "k_bias" not in n}
-    # these see gradients through the head
-    own = {n for n, _ in tune.named_parameters() if not n.startswith(("merge", "token_to_query"))}
+    own = {n for n, _ in tune.named_parameters() if not n.startswith(("merge", "token_to_query"))}  # theirs is the head
     if adapter == "freeze":
         assert not out.requires_grad
     else:
@@ -92,8 +90,8 @@ def test_neutral_trained_and_detached(name, adapter):
     after = vit.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
     assert hooks(vit) == count and not any(p.requires_grad for p in vit.parameters())
-    assert {n: set(m.__dict__) - {"_reinpp_adapter"} for n,
-        m in vit.named_modules()} == attributes, "nothing is left behind"
+    left = {n: set(m.__dict__) - {"_reinpp_adapter"} for n, m in vit.named_modules()}
+    assert left == attributes, "nothing is left behind"
 
 
 @pytest.mark.parametrize("adapter", RIVALS)
@@ -114,8 +112,8 @@ def test_other_sizes_checkpointing_and_precisions(name, adapter):
         gradients.append({n: p.grad for n, p in trained(vit, tune).items() if p.grad is not None})
         for p in trained(vit, tune).values():
             p.grad = None
-    assert gradients[0].keys() == gradients[1].keys() and all(torch.allclose(g, gradients[1][n], atol=1e-5, rtol=1e-3)
-        for n, g in gradients[0].items())
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(g, gradients[1][n], atol=1e-5, rtol=1e-3) for n, g in gradients[0].items())
     vit.set_grad_checkpointing(False)
     with torch.no_grad():
         full = last(vit, images)
@@ -135,8 +133,8 @@ def test_other_sizes_checkpointing_and_precisions(name, adapter):
 def changed_weights(vit, tune):
     "The base model with LoRA's changes written into the q and v rows of its weights."
     for layer, block in zip(tune.layers, vit.blocks):
-        q, v = (layer[n].lora_B["default"].weight @ layer[n].lora_A["default"].weight * tune.config[
-            "alpha"] / tune.config["rank"] for n in "qv")
+        q, v = (layer[n].lora_B.weight @ layer[n].lora_A.weight * tune.config["alpha"] / tune.config["rank"]
+            for n in "qv")
         attention = block.attn
         if getattr(attention, "qkv", None) is not None:
             attention.qkv.weight += torch.cat([q, torch.zeros_like(q), v])
@@ -156,16 +154,12 @@ def test_lora_changes_q_and_v_and_never_k(name):
         for block in vit.blocks:
             if getattr(block.attn, "qkv", None) is not None:
                 qkv = block.attn.qkv(x)
-                parts = [getattr(block.attn, n, None) for n in ("q_bias", "k_bias", "v_bias")]
-                lent = block.attn._parameters.get("q_bias")
-                bias = block.attn.qkv._parameters["bias"] if lent is None else torch.cat(
-                    [lent, parts[1], block.attn._parameters["v_bias"]])
-                if getattr(block.attn, "qkv_bias_separate", False):
-                    bias = None
-                q, k, v = (qkv - F.linear(x, block.attn.qkv.weight, bias)).chunk(3, -1)
+                before = F.linear(x, block.attn.qkv.weight, block.attn.qkv.bias)
+                q, k, v = (qkv - before).chunk(3, -1)
                 assert (k == 0).all() and q.abs().min() > 0 and v.abs().min() > 0
-                assert torch.equal(qkv.chunk(3, -1)[1],
-                    F.linear(x, block.attn.qkv.weight, bias).chunk(3, -1)[1]), "bit for bit"
+                assert torch.equal(qkv.chunk(3, -1)[1], before.chunk(3, -1)[1]), "bit for bit"
+                # biases that are no part of the layer are added behind it
+                assert getattr(block.attn, "q_bias", None) is None or block.attn.qkv_bias_separate
             else:
                 assert torch.equal(block.attn.k_proj(x), F.linear(x, block.attn.k_proj.weight, block.attn.k_proj.bias))
         ours = last(vit, images)
@@ -173,24 +167,38 @@ def test_lora_changes_q_and_v_and_never_k(name):
         assert torch.allclose(last(changed_weights(vit, tune), images), ours, atol=1e-4)
 
 
-def test_lora_has_peft_layers_and_stable_names():
-    vit, _, tune = make("dinov2_large", "lora")
-    assert [n for n, _ in tune.named_parameters()][:4] == [f"layers.0.{n}.lora_{m}.default.weight" for n in "qv"
-        for m in "AB"]
-    assert type(tune.layers[0]["q"]).__module__.startswith("peft.") and set(tune.state_dict()) == {n for n,
-        _ in tune.named_parameters()}
-    assert all(not p.any() for n, p in tune.named_parameters() if "lora_B" in n) and all(p.any() for n,
-        p in tune.named_parameters() if "lora_A" in n)
+def test_lora_is_pefts_on_projections_of_their_own():
+    "Names, initial values, results and gradients, on a backbone whose q and v are layers of their own."
+    peft = pytest.importorskip("peft")
+    vit, _, tune = make("eva02_large", "lora")
+    theirs, images = copy.deepcopy(vit), torch.randn(1, 3, 64, 64)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    peft.inject_adapter_in_model(config, theirs)
+    tune.attach(vit)
+    ours = dict(tune.named_parameters())
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            _, block, _, projection, matrix, _, _ = name.split(".")
+            mine = ours.pop(f"layers.{block}.{projection[0]}.{matrix}.weight")
+            assert torch.equal(mine, p) and p.any() == (matrix == "lora_A"), "drawn alike, B = 0"
+            with torch.no_grad():
+                p.add_(torch.randn(p.shape) * 0.2)
+                mine.copy_(p)
+            mine.peft = p
+    assert not ours, "none but these"
+    out = last(vit, images)
+    assert torch.equal(out, last(theirs, images))
+    out.square().mean().backward()
+    last(theirs, images).square().mean().backward()
+    assert all(torch.equal(p.grad, p.peft.grad) and p.grad.any() for p in tune.parameters())
 
 
-def test_lora_without_peft_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="pip install peft"):
-        create_adapter("lora", cached("tiny"))
+ROWS = ("dinov2_large", "vit_small_patch14_reg4_dinov2", "eva02_large", "eva02_tiny_patch14_224", "dinov3_small",
+    "pe_spatial_large")
 
 
-@pytest.mark.parametrize("name", ["dinov2_large", "vit_small_patch14_reg4_dinov2", "eva02_large",
-"eva02_tiny_patch14_224", "dinov3_small", "pe_spatial_large"])
+@pytest.mark.parametrize("name", ROWS)
 def test_prompts_nobody_looks_at_change_nothing(name):
     "With the prompts masked out of the attention every other token is as without them, and so are rotated positions."
     vit, _, tune = make(name, "vpt")
@@ -235,8 +243,8 @@ def test_bitfit_keeps_what_it_learned():
     images = torch.randn(1, 3, 64, 64)
     tune.attach(vit)
     names = set(trained(vit, tune))
-    assert {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias",
-        "blocks.3.norm2.bias"} <= names and all(n.startswith("blocks.") for n in names)
+    assert {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.3.norm2.bias"} <= names
+    assert all(n.startswith("blocks.") for n in names)
     disturb(vit, tune)
     with torch.no_grad():
         learned = last(vit, images)
@@ -287,18 +295,12 @@ def test_one_adapter_at_a_time_and_readable_refusals():
         LoRA(48, 4).attach(vit)
     assert vit._reinpp_adapter is None and hooks(vit) == 0
     with pytest.raises(ValueError, match="no bias to train"):
-        BitFit().attach(copy.deepcopy(vit).requires_grad_(False).apply(lambda m: setattr(m, "bias", None)
-            if getattr(m, "bias", None) is not None else None))
-
-
-HEAD = dict(hidden_dim=32, encoder_layers=1, decoder_layers=1, encoder_ffn=32, decoder_ffn=32, num_heads=4)
+        BitFit().attach(copy.deepcopy(vit).apply(lambda m: hasattr(m, "bias") and setattr(m, "bias", None)))
 
 
 def segmenter_with(adapter):
     torch.manual_seed(0)
-    arguments = {k: v for k, v in SMALL.get(adapter, {}).items() if k != "query_dim"}
-    return create_segmenter("test_vit", adapter, image_size=64, pretrained=False, adapter_args=arguments, head_args=HEAD
-        if adapter == "rein_g" else dict(HEAD, num_queries=10))
+    return tiny_segmenter(adapter)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -325,5 +327,5 @@ def test_in_a_segmenter(adapter, tmp_path):
     with torch.no_grad():
         for p in twin.trained_state().values():
             p.add_(0.1)
-    assert torch.equal(segmenter.predict(images), learned) and not torch.equal(twin.predict(images),
-        learned), "a copy has an adapter of its own"
+    assert torch.equal(segmenter.predict(images), learned)
+    assert not torch.equal(twin.predict(images), learned), "a copy has an adapter of its own"

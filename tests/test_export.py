@@ -1,4 +1,4 @@
-"Exported programs: equal to the segmenter, for any number of images, usable without this package; what differs leaves no file."
+"Exported programs: equal to the segmenter, for any number of images, alone; what differs leaves no file."
 import subprocess
 import sys
 
@@ -16,12 +16,13 @@ SMALL = dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32, 
 NARROW = dict(depth=4, embed_dim=48, num_heads=3)
 
 
-def make(backbone="tiny", adapter="rein_g", head="mask2former", hold="fp32", **more):
+def make(backbone="tiny", adapter="rein_g", head="mask2former", hold="fp32"):
     "Weights large enough that every part of the model shows in its scores."
-    segmenter = create_segmenter(backbone, adapter, head, num_classes=5, image_size=64, pretrained=False,
+    own = {} if backbone == "tiny" else dict(patch_size=16)
+    segmenter = create_segmenter(
+        backbone, adapter, head, num_classes=5, image_size=64, pretrained=False,
         head_args=SMALL if head == "mask2former" else dict(hidden_dim=16),
-                                 backbone_args=NARROW | dict(hold=hold)
-                                 | ({} if backbone == "tiny" else dict(patch_size=16)), **more)
+        backbone_args=NARROW | own | dict(hold=hold))
     with torch.no_grad():
         for p in segmenter.trained_state().values():
             p.add_(.02 * torch.randn(p.shape))
@@ -30,16 +31,16 @@ def make(backbone="tiny", adapter="rein_g", head="mask2former", hold="fp32", **m
     return segmenter
 
 
-@pytest.mark.parametrize(
-"options", [{}, dict(share_mlp=False), dict(low_rank=False), dict(gelu=False, num_heads=1), dict(link_queries=False)])
+@pytest.mark.parametrize("options", [
+    {}, dict(share_mlp=False), dict(low_rank=False), dict(gelu=False, num_heads=1), dict(link_queries=False)])
 def test_merged_rein_g_is_rein_g(options):
     options = dict(num_tokens=10, num_heads=4, **{} if "low_rank" in options else dict(rank=4)) | options
     adapter = ReinG(32, 3, query_dim=16, num_prefix_tokens=2, **options).eval()
     constant, x = MergedReinG(adapter), torch.randn(2, 9, 32)
     with torch.no_grad():
         for layer in range(3):
-            assert (constant(x, layer) - adapter(x, layer)).abs().max() < 1e-6 and (constant(x, layer) - x)[:,
-                2:].abs().max() > 1e-5
+            assert (constant(x, layer) - adapter(x, layer)).abs().max() < 1e-6
+            assert (constant(x, layer) - x)[:, 2:].abs().max() > 1e-5
         if adapter.queries() is None:
             assert constant.queries() is None
         else:
@@ -62,16 +63,18 @@ def test_merged_gives_everything_back():
         with torch.no_grad():
             own.scale.div_(3)
         raise KeyboardInterrupt
-    assert segmenter.adapter is own and segmenter.training and [len(b._forward_hooks)
-        for b in segmenter.backbone.blocks] == hooks == [1] * 4
-    assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items()) and torch.equal(
-        segmenter.predict(images), scores)
+    assert segmenter.adapter is own and segmenter.training
+    assert [len(block._forward_hooks) for block in segmenter.backbone.blocks] == hooks == [1] * 4
+    assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items())
+    assert torch.equal(segmenter.predict(images), scores)
     segmentation_loss(segmenter(images), torch.zeros(1, 64, 64, dtype=torch.long), 5, 16)["total"].backward()
     assert own.tokens_a.grad.abs().max() > 0, "it trains on"
 
 
-@pytest.mark.parametrize("what, size", [(dict(backbone="dinov2_large"), None),
-(dict(adapter="lora", head="semantic_fpn"), (64, 96)), (dict(backbone="dinov2_large", hold="bf16"), 96)])
+@pytest.mark.parametrize("what, size", [
+    (dict(backbone="dinov2_large"), None),
+    (dict(adapter="lora", head="semantic_fpn"), (64, 96)),
+    (dict(backbone="dinov2_large", hold="bf16"), 96)])
 def test_a_program_is_the_segmenter(what, size, tmp_path, capsys):
     segmenter, tolerance = make(**what), 1e-5 if "hold" not in what else 1e-2
     made = export(segmenter, tmp_path / "new" / "a.pt2", image_size=size, tolerance=tolerance)
@@ -79,10 +82,10 @@ def test_a_program_is_the_segmenter(what, size, tmp_path, capsys):
     images = torch.rand(3, 3, *size)
     scores, expected = load_program(tmp_path / "new" / "a.pt2")(images), segmenter.predict(images)
     assert scores.shape == (3, 5, *size) and not scores.requires_grad and scores.dtype == torch.float32
-    assert (scores - expected).abs().max() <= tolerance * expected.max() and (
-        expected[0] - expected[1]).abs().max() > 1e-3, "it sees the image"
-    assert made["difference"] <= tolerance * max(1, expected.max()) and [f.name
-        for f in (tmp_path / "new").iterdir()] == ["a.pt2"] and "a.pt2" in capsys.readouterr().out
+    assert (scores - expected).abs().max() <= tolerance * expected.max()
+    assert (expected[0] - expected[1]).abs().max() > 1e-3, "it sees the image"
+    assert made["difference"] <= tolerance * max(1, expected.max())
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["a.pt2"] and "a.pt2" in capsys.readouterr().out
 
 
 def test_without_this_package(tmp_path):
@@ -113,7 +116,9 @@ def test_a_program_that_differs_is_not_kept(tmp_path, monkeypatch):
 
 def test_refuses(tmp_path, monkeypatch):
     segmenter = make()
-    for options, says in ((dict(format="tflite"), "use torch or onnx"), (dict(format="onnx"), "name it a.onnx"),
+    for options, says in (
+            (dict(format="tflite"), "format='tflite' is unknown: use one of torch, onnx"),
+            (dict(format="onnx"), "name it a.onnx"),
             (dict(image_size=60), r"multiples of the patch \(8\)"), (dict(image_size=24), "32 or more"),
             (dict(image_size=(64, 64, 3)), "multiples")):
         with pytest.raises(ValueError, match=says):
@@ -137,6 +142,6 @@ def test_onnx(tmp_path):
     made = export(segmenter, tmp_path / "a.onnx", "onnx")
     images = torch.rand(3, 3, 64, 64)
     expected = segmenter.predict(images)
-    assert made["difference"] <= 1e-4 * expected.max() and (
-        load_program(tmp_path / "a.onnx")(images) - expected).abs().max() < 1e-4 * expected.max()
+    assert made["difference"] <= 1e-4 * expected.max()
+    assert (load_program(tmp_path / "a.onnx")(images) - expected).abs().max() < 1e-4 * expected.max()
     assert [f.name for f in tmp_path.iterdir()] == ["a.onnx"]

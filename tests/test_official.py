@@ -10,15 +10,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from reinpp.files import read_checkpoint
+from reinpp.models.backbones import create_backbone
 from reinpp.models.mask2former import sine_position
 from reinpp.models.official import load_official, official_state
-from reinpp.models.segmenter import create_segmenter, load_segmenter
+from reinpp.models.segmenter import create_segmenter, load_segmenter, tiny_segmenter
 
 DIM, HEADS, QUERIES, CLASSES = 32, 4, 12, 5
-OLD = (("pixel_decoder.encoder.layers.{}.self_attn.", "pixel_decoder.encoder.layers.{}.attentions.0."),
+OLD = (
+    ("pixel_decoder.encoder.layers.{}.self_attn.", "pixel_decoder.encoder.layers.{}.attentions.0."),
     ("transformer_decoder.layers.{}.cross_attn.", "transformer_decoder.layers.{}.attentions.0."),
-       ("transformer_decoder.layers.{}.self_attn.", "transformer_decoder.layers.{}.attentions.1."),
-       (".layers.{}.ffn.", ".layers.{}.ffns.0."))
+    ("transformer_decoder.layers.{}.self_attn.", "transformer_decoder.layers.{}.attentions.1."),
+    (".layers.{}.ffn.", ".layers.{}.ffns.0."),
+)
 
 
 def checkpoint(width=128, depth=8, encoder=2, decoder=4):
@@ -90,57 +93,53 @@ def aged(state):
 
 
 def reference(s, features):
-    """The head's ten (here five) predictions from its definition, read straight from the authors' names; features.
+    """The head's ten (here five) predictions from its definition, read straight from the authors' names.
 
-    Four maps at stride 8."""
+    `features` are four maps at stride 8."""
     r, h, p, t = "backbone.reins.", "decode_head.", "decode_head.pixel_decoder.", "decode_head.transformer_decoder."
     def linear(x, k):
         return F.linear(x, s[k + ".weight"], s[k + ".bias"])
     def layer_norm(x, k):
         return F.layer_norm(x, (DIM,), s[k + ".weight"], s[k + ".bias"])
     def conv_norm(x, k):
-        return F.group_norm(F.conv2d(x, s[k + ".conv.weight"], s.get(k + ".conv.bias"),
-            padding=s[k + ".conv.weight"].shape[-1] // 2), 32, s[k + ".gn.weight"], s[k + ".gn.bias"])
+        kernel = s[k + ".conv.weight"]
+        x = F.conv2d(x, kernel, s.get(k + ".conv.bias"), padding=kernel.shape[-1] // 2)
+        return F.group_norm(x, 32, s[k + ".gn.weight"], s[k + ".gn.bias"])
     def ffn(x, k):
         return linear(F.relu(linear(x, k + ".layers.0.0")), k + ".layers.1")
 
-    # (N, m, DIM)
-    q = torch.stack(
-        [linear(a @ b, r + "transform") for a, b in zip(s[r + "learnable_tokens_a"], s[r + "learnable_tokens_b"])])
+    tokens = s[r + "learnable_tokens_a"] @ s[r + "learnable_tokens_b"]
+    q = torch.stack([linear(t, r + "transform") for t in tokens])  # (N, m, DIM)
     queries = linear(torch.stack((q.max(0).values, q.mean(0), q[-1]), -1).flatten(1), r + "merge")
 
-    # strides 4 to 32
-    pyramid = [F.interpolate(f, scale_factor=x, mode="bilinear", align_corners=False) if x != 1 else f for f,
-        x in zip(features, (2, 1, 0.5, 0.25))]
+    pyramid = [f if x == 1 else F.interpolate(f, scale_factor=x, mode="bilinear", align_corners=False)
+               for f, x in zip(features, (2, 1, 0.5, 0.25))]  # strides 4 to 32
     maps = [conv_norm(pyramid[3 - i], f"{p}input_convs.{i}") for i in range(3)]  # strides 32, 16, 8
     shapes = [m.shape[-2:] for m in maps]
     x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
     position = torch.cat(
         [sine_position(*shape, DIM) + level for shape, level in zip(shapes, s[p + "level_encoding.weight"])])
-    # x, y
-    centre = torch.cat([torch.stack(
-        torch.meshgrid((torch.arange(b) + 0.5) / b, (torch.arange(a) + 0.5) / a, indexing="xy"), -1).flatten(0, 1)
-        for a, b in shapes])
+    sides = [((torch.arange(b) + 0.5) / b, (torch.arange(a) + 0.5) / a) for a, b in shapes]
+    centre = torch.cat([torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1) for x, y in sides])
     for n in range(2):
         k = f"{p}encoder.layers.{n}."
         value = linear(x, k + "self_attn.value_proj").unflatten(2, (HEADS, -1))
         offset = linear(x + position, k + "self_attn.sampling_offsets").unflatten(2, (HEADS, 3, 4, 2))
-        weight = linear(x + position, k + "self_attn.attention_weights").unflatten(2,
-            (HEADS, 12)).softmax(-1).unflatten(3, (3, 4))
+        weight = linear(x + position, k + "self_attn.attention_weights").unflatten(2, (HEADS, 12))
+        weight = weight.softmax(-1).unflatten(3, (3, 4))
         out = torch.zeros_like(value)
         for level, ((a, b), v) in enumerate(zip(shapes, value.split([a * b for a, b in shapes], 1))):
             for head in range(HEADS):
                 place = centre[None, :, None] + offset[:, :, head, level] / torch.tensor([b, a])
-                # (B, d, n, 4)
-                seen = F.grid_sample(v[:, :, head].transpose(1, 2).unflatten(2, (a, b)), 2 * place - 1,
-                    align_corners=False)
+                there = v[:, :, head].transpose(1, 2).unflatten(2, (a, b))
+                seen = F.grid_sample(there, 2 * place - 1, align_corners=False)  # (B, d, n, 4)
                 out[:, :, head] += (seen * weight[:, None, :, head, level]).sum(-1).transpose(1, 2)
         x = layer_norm(x + linear(out.flatten(2), k + "self_attn.output_proj"), k + "norms.0")
         x = layer_norm(x + ffn(x, k + "ffn"), k + "norms.1")
     maps = [m.transpose(1, 2).unflatten(2, shape) for m, shape in zip(x.split([a * b for a, b in shapes], 1), shapes)]
     fine = conv_norm(pyramid[0], p + "lateral_convs.0")
-    fine = F.relu(conv_norm(fine + F.interpolate(maps[2], size=fine.shape[-2:], mode="bilinear", align_corners=False), p
-        + "output_convs.0"))
+    fine = fine + F.interpolate(maps[2], size=fine.shape[-2:], mode="bilinear", align_corners=False)
+    fine = F.relu(conv_norm(fine, p + "output_convs.0"))
     fine = F.conv2d(fine, s[p + "mask_feature.weight"], s[p + "mask_feature.bias"])
 
     def attend(k, query, key, value, mask=None):
@@ -161,9 +160,9 @@ def reference(s, features):
     for n in range(4):
         k, level = f"{t}layers.{n}.", n % 3
         memory = maps[level].flatten(2).transpose(1, 2) + s[h + "level_embed.weight"][level]
-        query_features = layer_norm(
-            attend(k + "cross_attn", query_features + queries, memory + sine_position(*shapes[level], DIM), memory,
-            hidden), k + "norms.0")
+        keys = memory + sine_position(*shapes[level], DIM)
+        seen = attend(k + "cross_attn", query_features + queries, keys, memory, hidden)
+        query_features = layer_norm(seen, k + "norms.0")
         here = query_features + queries
         query_features = layer_norm(attend(k + "self_attn", here, here, query_features), k + "norms.1")
         query_features = layer_norm(query_features + ffn(query_features, k + "ffn"), k + "norms.2")
@@ -228,12 +227,13 @@ def test_there_and_back_and_into_an_adapter_file(tmp_path):
     two = load_segmenter(tmp_path / "ours", pretrained=False)
     assert torch.equal(one.predict(images), two.predict(images))
     with pytest.raises(ValueError, match="num_heads=1"):
-        official_state(create_segmenter("tiny", image_size=64, pretrained=False, head_args=dict(hidden_dim=32)))
+        official_state(tiny_segmenter())
+    with pytest.raises(ValueError, match="with Mask2Former"):
+        official_state(tiny_segmenter(head="semantic_fpn", adapter_args=dict(num_heads=1, gelu=False)))
 
 
 def test_a_file_with_its_backbone(tmp_path):
-    vit = create_segmenter("dinov2_small", "freeze", image_size=96, pretrained=False,
-        head_args=dict(hidden_dim=32, encoder_layers=1, decoder_layers=1)).backbone
+    vit = create_backbone("dinov2_small", 96, pretrained=False)
     frozen = {f"backbone.{n}": t for n, t in vit.state_dict().items()}
     assert {"backbone.pos_embed", "backbone.cls_token", "backbone.blocks.11.ls2.gamma",
         "backbone.blocks.0.attn.qkv.bias", "backbone.patch_embed.proj.weight"} <= frozen.keys()
@@ -261,15 +261,15 @@ def test_a_backbone_from_elsewhere_is_resized_as_the_authors_did(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda s: s.pop(
-    "decode_head.querys2feat.bias"), r"1 keys not found \[decode_head.querys2feat.bias\], 0 not expected"),
+    (lambda s: s.pop("decode_head.querys2feat.bias"),
+     r"1 keys not found \[decode_head.querys2feat.bias\], 0 not expected"),
     (lambda s: s.update({"decode_head.query_feat.weight": torch.zeros(12, 32)}),
-    r"0 keys not found \[\], 1 not expected \[decode_head.query_feat.weight\]"),
+     r"0 keys not found \[\], 1 not expected \[decode_head.query_feat.weight\]"),
     (lambda s: [s.pop(k) for k in list(s) if "encoder.layers.0." in k],
-    r"16 keys not found \[decode_head.pixel_decoder.encoder.layers.0.attn|16 keys not found"),
+     r"16 keys not found \[decode_head.pixel_decoder.encoder.layers.0.ffn"),
     (lambda s: [s.pop(k) for k in list(s) if k.startswith("decode_head")], "keys not found .* and .* more"),
     (lambda s: s.update({"backbone.reins.learnable_tokens_b": torch.zeros(8, 4, 64)}),
-    r"tensors do not fit tiny, first adapter.tokens_b \(8, 4, 64\) instead of \(8, 4, 128\)")])
+     r"tensors do not fit tiny, first adapter.tokens_b \(8, 4, 64\) instead of \(8, 4, 128\)")])
 def test_keys_that_do_not_fit_are_listed(change, says, tmp_path):
     state = checkpoint()
     change(state)
@@ -282,13 +282,13 @@ def test_other_files_are_refused(tmp_path):
         load(tmp_path / "rein.pth")
     file = write(tmp_path / "rein.pth", checkpoint())
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="rein.pth is damaged"):
+    with pytest.raises(ValueError, match="rein.pth: this checkpoint is damaged"):
         load(file)
     (tmp_path / "x.safetensors").write_bytes(b"12345678{}")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="x.safetensors: this checkpoint is damaged"):
         load(tmp_path / "x.safetensors")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="no state_dict"):
+    with pytest.raises(ValueError, match="list.pth: holds no state_dict of tensors"):
         load(tmp_path / "list.pth")
     with pytest.raises(ValueError, match="give the head's own num_heads"):
         load(write(tmp_path / "rein.pth", checkpoint()), num_heads=8)
@@ -301,7 +301,7 @@ class Evil:
 
 def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     Evil.path = tmp_path / "trace"
-    with pytest.raises(ValueError, match="more than tensors and numbers: (io|_io|builtins).open"):
+    with pytest.raises(ValueError, match=r"not loaded.* more than tensors.*\(it asks for (io|_io|builtins).open\)"):
         load(write(tmp_path / "evil.pth", checkpoint(), surprise=Evil()))
     assert not Evil.path.exists()
     # what a training checkpoint brings: objects of mmengine that hold NumPy arrays
@@ -321,6 +321,6 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / "training.pth").keys() == checkpoint().keys()
     with open(tmp_path / "plain.pkl", "wb") as f:
         pickle.dump(Evil(), f)
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="not loaded, because it is damaged or holds more than tensors"):
         read_checkpoint(tmp_path / "plain.pkl")
     assert not Evil.path.exists()

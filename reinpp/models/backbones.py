@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'INTERNVIT', 'SAM', 'BACKBONES', 'HOLDS', 'WholeWidthNorm', 'internvit_6b',
-           'convert_internvit', 'BackboneSpec', 'official_resize', 'hold_in', 'held_bytes', 'create_backbone',
-           'other_spec', 'Unfilled', 'freeze', 'patch_size_of', 'load_weights', 'hub_page', 'feature_layers',
-           'extract_features']
+           'convert_internvit', 'BackboneSpec', 'official_resize', 'hold_in', 'held_bytes', 'create_backbone', 'freeze',
+           'patch_size_of', 'other_spec', 'load_weights', 'feature_layers', 'extract_features']
 
 # %% ../../nbs/20_backbones.ipynb #f29927cb
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +18,11 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, RmsNorm
-from timm.models import VisionTransformer, build_model_with_cfg
+from timm.layers import Attention, RmsNorm, to_2tuple
+from timm.models import VisionTransformer
 from torch import nn
 
-from ..files import data_folder, read_checkpoint
+from ..files import check_choice, data_folder, read_checkpoint
 
 # %% ../../nbs/20_backbones.ipynb #9479b22d
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,56 +30,40 @@ INTERNVIT = "OpenGVLab/InternViT-6B-224px"  # on the Hugging Face hub
 
 
 class WholeWidthNorm(Attention):
-    """timm's attention, with q and k normalised over the whole width (B, n, c) before they are split into heads, as
-    InternViT-6B does."""
+    "timm's attention, with q and k normalised over the whole width (B, n, c) before they are split into heads."
 
-    def __init__(self, dim: int, num_heads: int = 8, norm_layer: Callable = RmsNorm, **options):
-        super().__init__(dim, num_heads, norm_layer=norm_layer, **options)
-        placement = {k: options.get(k) for k in ("device", "dtype")}
-        self.q_norm, self.k_norm = norm_layer(dim, **placement), norm_layer(dim, **placement)
+    def __init__(self, dim: int, norm_layer: Callable = RmsNorm, **options):
+        super().__init__(dim, norm_layer=norm_layer, **options)
+        self.q_norm, self.k_norm = norm_layer(dim), norm_layer(dim)
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask,
-            is_causal=is_causal).transpose(1, 2).flatten(2))
+        x = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask, is_causal=is_causal)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
-def internvit_6b(
-    pretrained: bool = False,  # not from here: see `create_backbone`
-    **options,  # of timm's VisionTransformer
-) -> VisionTransformer:
-    """InternViT-6B-224px, the image encoder of InternVL-C.
-
-    48 blocks of width 3200, 25 heads, RMS norms, layer scale, no final norm. Sizes as in the config.json that is
-    published with the weights."""
+def internvit_6b(**options) -> VisionTransformer:
+    "InternViT-6B-224px, the image encoder of InternVL-C, with the sizes of its published config.json; timm's options."
     sizes = dict(img_size=224, patch_size=14, embed_dim=3200, depth=48, num_heads=25, mlp_ratio=4, qkv_bias=False,
-        init_values=0.1, final_norm=False,
-                 norm_layer=partial(RmsNorm, eps=1e-6), attn_layer=WholeWidthNorm)
-    cfg = dict(input_size=(3, 224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD, num_classes=0,
-        first_conv="patch_embed.proj", classifier="head", license="mit")
-    return build_model_with_cfg(VisionTransformer, "internvit_6b_patch14_224", False, pretrained_cfg=cfg,
-        feature_cfg=dict(feature_cls="getter"),
-                                **sizes | {k: v for k, v in options.items() if v is not None})
+        init_values=0.1, final_norm=False, norm_layer=partial(RmsNorm, eps=1e-6), attn_layer=WholeWidthNorm)
+    model = VisionTransformer(**sizes | options)
+    model.pretrained_cfg = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, classifier="head", license="mit")
+    return model
 
 
 def convert_internvit(
-    # with the published keys: `embeddings.*`, `encoder.layers.N.*`, also inside a whole InternVL (`vision_model.*`)
-    state_dict: dict,
-) -> dict:  # with timm's keys
-    """Rename the published keys of InternViT to timm's.
-
-    Keys it does not know keep their name, so that loading refuses them."""
+    state_dict: dict,  # published keys: `embeddings.*`, `encoder.layers.N.*`, or a whole InternVL's `vision_model.*`
+) -> dict:
+    "The same tensors under timm's keys. Keys it does not know keep their name, so that loading refuses them."
     inside = {k.removeprefix("vision_model."): v for k, v in state_dict.items() if k.startswith("vision_model.")}
     names = {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
-             "embeddings.patch_embedding.": "patch_embed.proj.", "encoder.layers.": "blocks."}
+        "embeddings.patch_embedding.": "patch_embed.proj.", "encoder.layers.": "blocks."}
     converted = {}
     for key, value in (inside or state_dict).items():
         start = next((n for n in names if key.startswith(n)), "")
-        key = names.get(start, "") + key.removeprefix(start)
-        if key.startswith("blocks.") and key.endswith((".ls1", ".ls2")):
-            key += ".gamma"
-        converted[key] = value
+        gamma = ".gamma" if start == "encoder.layers." and key.endswith((".ls1", ".ls2")) else ""
+        converted[names.get(start, "") + key.removeprefix(start) + gamma] = value
     return converted
 
 # %% ../../nbs/20_backbones.ipynb #fc712ed1
@@ -123,33 +107,30 @@ BACKBONES = {
     "siglip2_so400m": BackboneSpec("vit_so400m_patch16_siglip_gap_512.v2_webli"),
     "siglip2_giant": BackboneSpec("vit_giantopt_patch16_siglip_gap_384.v2_webli"),
     # the small stand-in for "a foundation model" that pretrain_tiny.ipynb makes; built at its own size
-    "tiny": BackboneSpec("vit_tiny_patch16_224", 8, dict(embed_dim=128, depth=8, num_heads=4, img_size=128),
-    "tiny.safetensors"),
+    "tiny": BackboneSpec(
+        "vit_tiny_patch16_224", 8, dict(embed_dim=128, depth=8, num_heads=4, img_size=128), "tiny.safetensors"),
 }
 
 # %% ../../nbs/20_backbones.ipynb #d7155449
+@torch.no_grad()
 def official_resize(
     model: nn.Module,  # with its weights, at their own patch and image size
     image_size: int | tuple[int, int],  # pixels
     patch_size: int,  # pixels
-) -> nn.Module:  # the same model, changed
-    """Resize patch kernel and positions as the authors' CVPR'24 code does: bicubic, no antialias, kernel not rescaled.
+) -> nn.Module:
+    """The same model, its patch kernel and positions resized as the authors' CVPR'24 code does.
 
-    Raises `ValueError` for a class whose sizes timm cannot change."""
+    Bicubic, no antialias, kernel not rescaled. Raises `ValueError` for a class whose sizes timm cannot change."""
     if not hasattr(model, "set_input_size"):
         raise ValueError(f"patch_resize='official': {type(model).__name__} cannot be resized, use 'timm'")
-    def pair(x):
-        return tuple(x) if isinstance(x, (tuple, list)) else (x, x)
-    old = model.patch_embed.grid_size, model.patch_embed.proj.weight.detach().clone(), model.pos_embed
-    model.set_input_size(pair(image_size), pair(patch_size))
-    grid, kernel, positions = old
+    grid, kernel, positions = model.patch_embed.grid_size, model.patch_embed.proj.weight.clone(), model.pos_embed
+    model.set_input_size(to_2tuple(image_size), to_2tuple(patch_size))
     bicubic = partial(F.interpolate, mode="bicubic", align_corners=False)
-    with torch.no_grad():
-        model.patch_embed.proj.weight.copy_(bicubic(kernel.float(), pair(patch_size)))
-        if positions is not None:
-            prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-            old_map = positions[:, prefix:].detach().float().unflatten(1, grid).permute(0, 3, 1, 2)
-            model.pos_embed[:, prefix:] = bicubic(old_map, model.patch_embed.grid_size).flatten(2).transpose(1, 2)
+    model.patch_embed.proj.weight.copy_(bicubic(kernel.float(), to_2tuple(patch_size)))
+    if positions is not None:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        old_map = positions[:, prefix:].float().unflatten(1, grid).permute(0, 3, 1, 2)
+        model.pos_embed[:, prefix:] = bicubic(old_map, model.patch_embed.grid_size).flatten(2).transpose(1, 2)
     return model
 
 # %% ../../nbs/20_backbones.ipynb #c1858232
@@ -160,18 +141,14 @@ def hold_in(
     model: nn.Module,  # frozen
     hold: str,  # one of `HOLDS`
     device: str | torch.device | None = None,  # where it will live; None: where it is
-) -> nn.Module:  # the same model, changed
-    """Hold a frozen model's weights in fewer bits: bf16 everywhere.
+) -> nn.Module:
+    """The same model, held in fewer bits: the matrices of the blocks in int8 or int4 (torchao), the rest in bf16.
 
-    Int8 / int4 for the matrices of the blocks (torchao), bf16 for the rest.
-
-    Gradients still flow through the activations. Raises `ImportError` without torchao, `ValueError` where it does not
-    work."""
+    Raises `ImportError` without torchao, `ValueError` where it does not work."""
     if hold != "fp32":
         for p in model.parameters():
             p.data = p.data.to(torch.bfloat16)  # not the buffers: angles of rotary positions want 32 bits
-    if device is not None and str(device) != "meta":
-        model = model.to(device)
+    model.to(device=device)
     if hold in ("fp32", "bf16"): return model
     try:
         from torchao.quantization import Int8WeightOnlyConfig, NF4Tensor, quantize_
@@ -182,13 +159,12 @@ def hold_in(
         and (hold == "int8" or m.weight.numel() % 2048 == 0)]
     try:
         if hold == "int8":
-            quantize_(model.blocks, Int8WeightOnlyConfig(set_inductor_config=False), lambda m,
-                name: isinstance(m, nn.Linear))
+            quantize_(model.blocks, Int8WeightOnlyConfig(set_inductor_config=False))
         else:
             for m in linears:
                 m.weight = nn.Parameter(NF4Tensor.from_tensor(m.weight.detach(), 64, 32), requires_grad=False)
-        probe = torch.ones(1, linears[0].in_features, dtype=torch.bfloat16, device=linears[0].weight.device,
-            requires_grad=True)
+        weight = linears[0].weight
+        probe = torch.ones(1, weight.shape[1], dtype=torch.bfloat16, device=weight.device, requires_grad=True)
         gradient, = torch.autograd.grad(linears[0](probe).float().square().sum(), probe)
         if not gradient.any():
             raise RuntimeError("no gradient reaches the activations")
@@ -196,8 +172,7 @@ def hold_in(
         raise ValueError(
             f"hold={hold!r} does not work here ({next(model.parameters()).device}, torchao: "
             f"{(str(error).splitlines() or ['?'])[0][:150]}): use hold='bf16'") from error
-    # autocast makes norms put out 32 bits, which torchao would multiply in 32 bits
-    for name, m in model.blocks.named_modules():
+    for name, m in model.blocks.named_modules():  # under autocast norms put out 32 bits, which torchao would multiply
         if name.endswith(("norm1", "norm2")):
             m.register_forward_hook(lambda module, args, output: output.to(torch.bfloat16))
     return model
@@ -206,53 +181,39 @@ def hold_in(
 def held_bytes(model: nn.Module) -> int:
     "Bytes that the weights of a model take, packed ones counted as they are stored."
     def inside(t):
-        return sum(inside(getattr(t, n)) for n in t.__tensor_flatten__()[0]) if hasattr(t,
-            "__tensor_flatten__") else t.numel() * t.element_size()
+        if not hasattr(t, "__tensor_flatten__"): return t.numel() * t.element_size()
+        return sum(inside(getattr(t, name)) for name in t.__tensor_flatten__()[0])
     return sum(inside(p.data) for p in model.parameters())
 
 # %% ../../nbs/20_backbones.ipynb #1772fbc1
 def create_backbone(
     name: str,  # a key of `BACKBONES`, or the name of any timm vision transformer
-    # pixels; positions are interpolated to it once, and again at run time for other sizes
-    image_size: int | tuple[int, int] = 512,
+    image_size: int | tuple[int, int] = 512,  # pixels; positions are made for it, other sizes are interpolated
     patch_size: int | None = None,  # None: 16 for the paper's families, the model's own for others
     pretrained: bool = True,  # False: random weights (tests, memory and speed measurements)
-    # a local checkpoint (.safetensors, .bin, .pt, .pth; shards: their folder or index.json) instead of the download
-    weights: str | Path | None = None,
-    hold: str = "fp32",  # how the frozen weights are held: fp32, bf16, int8 or int4, see `hold_in`
-    # how weights of another patch size are resized: "timm", or "official" as the authors did
-    patch_resize: str = "timm",
+    weights: str | Path | None = None,  # a checkpoint instead: a file, a folder of shards or its index.json
+    hold: str = "fp32",  # how the frozen weights are held: one of `HOLDS`
+    patch_resize: str = "timm",  # how weights of another patch size are resized; "official": as the authors did
     device: str | torch.device | None = None,  # None: the CPU; "meta": sizes without memory, for inspection
     **options,  # further arguments of timm.create_model, e.g. depth=4 for a reduced model
-) -> nn.Module:  # a timm model in eval mode whose parameters do not require gradients
-    """A frozen vision foundation model.
+) -> nn.Module:
+    """A frozen vision foundation model of timm's, in eval mode, no parameter of which requires gradients.
 
-    Takes images (B, 3, H, W) whose sides are multiples of the patch, also rectangles. The weights are, in this order:
-    `weights`, the bundled file, `data/weights/<timm name>.safetensors` (or a folder of shards of that name), timm's
-    download from the Hugging Face hub. Raises `ValueError` for a name that neither `BACKBONES` nor timm knows, for a
-    model that Rein-G cannot be attached to, and for a file that does not fit; `FileNotFoundError` where the weights
-    cannot be had. Pickled code in a checkpoint is never executed."""
-    if patch_resize not in ("timm", "official"):
-        raise ValueError(f"patch_resize={patch_resize!r}: use 'timm' or 'official'")
-    if hold not in HOLDS:
-        raise ValueError(f"hold={hold!r}: use one of {', '.join(HOLDS)}")
+    Takes images (B, 3, H, W) whose sides are multiples of the patch, also rectangles. Raises `ValueError` for a name
+    that neither `BACKBONES` nor timm knows, for a model that Rein-G cannot be attached to, and for a file that does not
+    fit; `FileNotFoundError` where the weights cannot be had."""
+    check_choice("patch_resize", patch_resize, ("timm", "official"))
+    check_choice("hold", hold, HOLDS)
     meta, loads = str(device) == "meta", pretrained or weights is not None
     if meta and (loads or hold != "fp32"):
         raise ValueError("device='meta' holds no numbers: pass pretrained=False, no weights and no hold")
     spec = BACKBONES.get(name) or other_spec(name)
-    make = partial(spec.build, **spec.options) if spec.build else partial(timm.create_model, spec.timm_name)
-    patch = patch_size or spec.patch_size
+    make, patch = spec.build or partial(timm.create_model, spec.timm_name), patch_size or spec.patch_size
     size = dict(img_size=image_size) | (dict(patch_size=patch) if patch else {})
-    own = dict(num_classes=0, dynamic_img_size=True)
     official = loads and patch_resize == "official"  # made at the size of its weights, and resized afterwards
-    options = own | ({} if official else size) | spec.options | options
-    if meta:
-        with torch.device("meta"), Unfilled():
-            model = make(**options)
-    elif loads:
-        model = load_weights(name, spec, make, options, weights)
-    else:
-        model = make(**options)
+    options = dict(num_classes=0, dynamic_img_size=True) | ({} if official else size) | spec.options | options
+    with torch.device("meta") if meta else nullcontext():
+        model = load_weights(name, spec, make, options, weights) if loads else make(**options)
     if spec.weights:
         model.pretrained_cfg.update(mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if not hasattr(model, "num_prefix_tokens"):
@@ -262,17 +223,25 @@ def create_backbone(
     return hold_in(freeze(model), hold, device)
 
 
+def freeze(model: nn.Module) -> nn.Module:
+    "The model in eval mode (no drop path), its weights without gradients. They still flow through the activations."
+    return model.eval().requires_grad_(False)
+
+
+def patch_size_of(model: nn.Module) -> int:
+    "Side of a square patch, in pixels."
+    return to_2tuple(model.patch_embed.patch_size)[0]
+
+# %% ../../nbs/20_backbones.ipynb #6b1e92d4
 def other_spec(name: str) -> BackboneSpec:
     """A specification for a timm model without a short name.
 
     Raises `ValueError` for one that does not exist, or whose blocks Rein-G cannot be attached to."""
     if not timm.is_model(name.split(".")[0]):
-        raise ValueError(
-            f"backbone={name!r} is unknown: use one of {', '.join(BACKBONES)}, or the name of a timm vision "
-            "transformer (timm.list_models('vit*'))")
+        check_choice("backbone", name, (*BACKBONES, "any timm vision transformer (timm.list_models('vit*'))"))
     for options in ({}, SAM, dict(dynamic_img_size=None, img_size=None, patch_size=None)):
         try:
-            with torch.device("meta"), Unfilled():
+            with torch.device("meta"):
                 model = timm.create_model(name, **dict(num_classes=0, dynamic_img_size=True, img_size=512) | options)
             break
         except TypeError as error:
@@ -282,103 +251,60 @@ def other_spec(name: str) -> BackboneSpec:
     else:
         raise ValueError(f"backbone={name!r}: timm cannot make it as a backbone ({refusal})")
     steps = {(f["num_chs"], f["reduction"]) for f in getattr(model, "feature_info", None) or []}
-    plain = all(hasattr(model, part) for part in ("blocks", "embed_dim", "patch_embed", "forward_intermediates"))
     if len(steps) > 1:
         widths = ", ".join(f"{c} at stride {s}" for c, s in sorted(steps))
         raise ValueError(
             f"backbone={name!r}: {type(model).__name__} works in stages of different widths ({widths}): Rein-G's "
             "tokens have one width, take a model of one width and one patch size, e.g. sam_large or dinov2_large")
-    if not plain or len(model.blocks) < 3:
+    parts = ("blocks", "embed_dim", "patch_embed", "forward_intermediates")
+    if not all(hasattr(model, part) for part in parts) or len(model.blocks) < 3:
         raise ValueError(
-            f"backbone={name!r}: {type(model).__name__} is no plain vision transformer (.blocks, .patch_embed, "
-            ".embed_dim, .forward_intermediates): Rein-G cannot be attached, see timm.list_models('vit*')")
+            f"backbone={name!r}: {type(model).__name__} is no plain vision transformer (.{', .'.join(parts)}): Rein-G "
+            "cannot be attached, see timm.list_models('vit*')")
     return BackboneSpec(name, None, options)
-
-
-class Unfilled(torch.overrides.TorchFunctionMode):
-    "Inside, initialising a tensor without memory costs no time either."
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta and name.endswith("_") and not name.endswith(
-                "__") and name != "requires_grad_":
-            return args[0]
-        return function(*args, **(kwargs or {}))
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    """Frozen means frozen: eval mode (no drop path), no gradients to weights.
-
-    Gradients still flow through the activations."""
-    return model.eval().requires_grad_(False)
-
-
-def patch_size_of(model: nn.Module) -> int:
-    "Side of a square patch, in pixels."
-    size = model.patch_embed.patch_size
-    return size[0] if isinstance(size, (tuple, list)) else size
 
 # %% ../../nbs/20_backbones.ipynb #6fc2547b
 def load_weights(
     name: str,  # short name, for messages
     spec: BackboneSpec,  # how it is made
-    make: Callable,  # (pretrained=..., **options) -> model
+    make: Callable,  # (**options) -> model
     options: dict,  # of the model
     weights: str | Path | None = None,  # a local checkpoint
-) -> nn.Module:  # the model with its weights
-    """Make a model and load its weights, refusing a file that lacks a key or has one too many.
-
-    See `create_backbone` for where they are looked for."""
+) -> nn.Module:
+    "The model with its weights. Raises `FileNotFoundError`, and `ValueError` for a file that does not fit it."
     folder = data_folder() / "weights"
-    local = [folder / spec.weights] if spec.weights else [f
-        for f in (folder / f"{spec.timm_name}.safetensors", folder / spec.timm_name) if f.exists()]
-    file = Path(weights) if weights else local[0] if local else None
-    if file is not None and not file.exists():
-        raise FileNotFoundError(f"backbone={name!r}: no weights at {file}; " + (
-            "run nbs/pretrain_tiny.ipynb to make them" if spec.weights and not weights
-            else f"download {hub_page(spec)} to that file"))
-    if file is None:
-        try:
-            if not spec.build: return make(pretrained=True, **options)
+    places = [folder / f"{spec.timm_name}.safetensors", folder / spec.timm_name]
+    file = Path(weights or folder / spec.weights) if weights or spec.weights else next(filter(Path.exists, places), None)
+    if file and not file.exists():
+        to_do = "name a file that is there" if weights else "run nbs/pretrain_tiny.ipynb to make them"
+        raise FileNotFoundError(f"backbone={name!r}: no weights at {file}: {to_do}")
+    try:
+        if not file and not spec.build: return make(pretrained=True, **options)
+        if not file:
             from huggingface_hub import list_repo_files, snapshot_download
             suffix = "safetensors" if any(f.endswith(".safetensors") for f in list_repo_files(INTERNVIT)) else "bin"
             file = Path(snapshot_download(INTERNVIT, allow_patterns=[f"*.{suffix}", f"*.{suffix}.index.json"]))
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"backbone={name!r}: the weights of {spec.timm_name} could not be downloaded "
-                f"({str(error).splitlines()[0][:120]}); with a network they come from "
-                f"{hub_page(spec)}; without one, put its model.safetensors at "
-                f"{folder / (spec.timm_name + '.safetensors')} or anywhere with weights=<file>, or pass "
-                "pretrained=False for random weights") from error
-    state = read_checkpoint(file)
-    model = make(**options)
-    cfg, convert = model.pretrained_cfg, getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn",
-        lambda state, model: state)
-    if spec.build:
-        state = convert_internvit(state)
-    # as timm does for these
-    plain = dict(interpolation="bilinear", antialias=False) if "radio" in spec.timm_name else {}
-    heads = cfg.get("classifier") or ()
-    # what a backbone has no use for
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"backbone={name!r}: the weights of {spec.timm_name} could not be downloaded "
+            f"({str(error).splitlines()[0][:120]}); with a network they come from huggingface.co/"
+            f"{INTERNVIT if spec.build else 'timm/' + spec.timm_name}; without one, put its model.safetensors at "
+            f"{places[0]} or anywhere with weights=<file>, or pass pretrained=False for random weights") from error
+    state, model = read_checkpoint(file), make(**options)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
+    plain = dict(interpolation="bilinear", antialias=False) if "radio" in spec.timm_name else {}  # timm's way for these
+    heads = model.pretrained_cfg.get("classifier") or ()
     unused = tuple(f"{h}." for h in ((heads,) if isinstance(heads, str) else heads)) + ("attn_pool.",)
     try:
-        state = {k: v for k, v in convert(state, model, **plain).items() if not k.startswith(unused)}
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        state = convert(convert_internvit(state) if spec.build else state, model, **plain)
+        wrong = model.load_state_dict({k: v for k, v in state.items() if not k.startswith(unused)}, strict=False)
+        if any(wrong):
+            raise RuntimeError(", ".join(f"{what} {len(keys)} keys ({', '.join(keys[:6])})"
+                for what, keys in zip(("missing", "unexpected"), wrong) if keys))
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"backbone={name!r}: {file} does not fit {spec.timm_name}: {' '.join(str(error).split())[:400]}") from error
-    if missing or unexpected:
-        def few(keys):
-            return f"{len(keys)} keys" + (f" ({', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''})" if keys else "")
-        raise ValueError(
-            f"backbone={name!r}: {file} does not fit {spec.timm_name}: missing {few(missing)}, unexpected "
-            f"{few(unexpected)}")
+        reason = " ".join(str(error).split())[:700]
+        raise ValueError(f"backbone={name!r}: {file} does not fit {spec.timm_name}: {reason}") from error
     return model
-
-
-def hub_page(spec: BackboneSpec) -> str:
-    "Where the weights of a backbone are published."
-    return f"huggingface.co/{INTERNVIT}" if spec.build else f"huggingface.co/timm/{spec.timm_name}"
 
 # %% ../../nbs/20_backbones.ipynb #95ab63d1
 def feature_layers(depth: int) -> tuple[int, ...]:
@@ -392,16 +318,15 @@ def extract_features(
     model: nn.Module,  # from `create_backbone`
     images: torch.Tensor,  # (B, 3, H, W), normalised; H and W multiples of the patch
     layers: tuple[int, ...] | None = None,  # 0-based blocks; None: `feature_layers(depth)`
-# four maps (B, C, H / patch, W / patch), of the images' dtype where the model is held in fewer bits
 ) -> list[torch.Tensor]:
-    """Outputs of the chosen blocks as maps, prefix tokens removed, no final norm.
+    """Outputs of the chosen blocks as maps (B, C, H / patch, W / patch), prefix tokens removed, no final norm.
 
-    Raises `ValueError` for a size that the patch does not divide."""
+    In the images' dtype where the model is held in fewer bits. Raises `ValueError` for a size that the patch does not
+    divide."""
     patch, (height, width) = patch_size_of(model), images.shape[-2:]
     if height % patch or width % patch:
         raise ValueError(
-            f"image size {height}x{width} is not a multiple of the patch ({patch}): pad the images, or use "
-            "Segmenter.predict, which does")
+            f"image size {height}x{width} is not a multiple of the patch ({patch}): pad it, as Segmenter.predict does")
     read = partial(model.forward_intermediates, indices=list(layers or feature_layers(len(model.blocks))),
         intermediates_only=True, norm=False)
     if model.patch_embed.proj.weight.dtype == images.dtype: return read(images)
