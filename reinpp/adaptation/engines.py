@@ -6,16 +6,19 @@
 __all__ = ['ENGINES', 'instances', 'merge_tree', 'classical', 'find_engine', 'engine_options', 'engine_settings']
 
 # %% ../../nbs/42_engines.ipynb #61d33252
+import hashlib
+import heapq
 import inspect
+from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .masks import Proposals, _select, boxes_of, coverage
+from .masks import Proposals, boxes_of, coverage, select
 from .sam import package_version, sam1, sam2
+from ..files import check_choice
 
 # %% ../../nbs/42_engines.ipynb #75cd1c1c
 def instances(
@@ -27,39 +30,34 @@ def instances(
     """The generator's own objects as proposals: what a perfect segmenter would give.
 
     Raises the dataset's ValueError if it has no instance maps."""
-    values = dataset.instances(index).numpy()
-    _, ids = np.unique(values, return_inverse=True)
-    ids = ids.reshape(values.shape)
+    _, ids = np.unique(dataset.instances(index).numpy(), return_inverse=True)
     n = int(ids.max()) + 1
     counts, total = coverage(ids, n, reduction)
-    return _select(counts * 2 >= total, np.ones(n, np.float32), boxes_of(ids, n), values.shape, reduction, limit)
+    return select(counts * 2 >= total, np.ones(n), boxes_of(ids, n), ids.shape, reduction, limit)
 
 # %% ../../nbs/42_engines.ipynb #15ce445c
 def merge_tree(
     ids: np.ndarray,  # (H, W) integers in 0 .. n - 1: the finest partition
     features: np.ndarray,  # (H, W, F) float: what should be alike inside a region
 ) -> tuple:
-    """Merge neighbours, cheapest first: (children (M, 2) where merge k makes region n + k, cost (M,) made monotone).
+    """Neighbours merged, cheapest first: children (M, 2), where merge k makes region n + k, and cost (M,), monotone.
 
     M is n - 1 for a connected image."""
-    import heapq
-    n = int(ids.max()) + 1
     flat = ids.ravel()
-    size = np.bincount(flat, minlength=n)
+    size = np.bincount(flat)
+    n = len(size)
     area = size.astype(float).tolist() + [0.0] * n
-    mean = [np.bincount(flat, features[..., k].ravel(), minlength=n) / size for k in range(features.shape[-1])]
+    mean = [np.bincount(flat, values) / size for values in features.reshape(len(flat), -1).T]
     mean = [tuple(m) for m in np.stack(mean, 1).tolist()] + [None] * n
     a = np.concatenate([ids[:, :-1].ravel(), ids[:-1].ravel()])
     b = np.concatenate([ids[:, 1:].ravel(), ids[1:].ravel()])
     low, high = np.minimum(a, b)[a != b], np.maximum(a, b)[a != b]
     pairs, shared = np.unique(low.astype(np.int64) * n + high, return_counts=True)
     border = [{} for _ in range(2 * n)]  # border[i][j] = length of the border between i and j
-    length = [0] * (2 * n)
     for pair, count in zip(pairs.tolist(), shared.tolist()):
         i, j = divmod(pair, n)
         border[i][j] = border[j][i] = count
-        length[i] += count
-        length[j] += count
+    length = [sum(lengths.values()) for lengths in border]
 
     def cost(i, j):
         difference = sum((p - q) ** 2 for p, q in zip(mean[i], mean[j]))
@@ -68,16 +66,15 @@ def merge_tree(
     heap = [(cost(i, j), i, j) for i in range(n) for j in border[i] if i < j]
     heapq.heapify(heap)
     gone = [False] * (2 * n)
-    children, costs, highest = [], [], 0.0
+    children, costs = [], []
     while heap:
         value, i, j = heapq.heappop(heap)
         if gone[i] or gone[j]:
             continue
         new = n + len(children)
         gone[i] = gone[j] = True
-        highest = max(highest, value)
         children.append((i, j))
-        costs.append(highest)
+        costs.append(value)
         area[new] = area[i] + area[j]
         mean[new] = tuple((p * area[i] + q * area[j]) / area[new] for p, q in zip(mean[i], mean[j]))
         length[new] = length[i] + length[j] - 2 * border[i][j]
@@ -88,9 +85,9 @@ def merge_tree(
                     border[new][k] = border[k][new] = border[new].get(k, 0) + count
         for k in border[new]:
             heapq.heappush(heap, (cost(new, k), new, k))
-    return np.array(children, int).reshape(-1, 2), np.array(costs)
+    return np.array(children, int).reshape(-1, 2), np.maximum.accumulate(np.array(costs, float))
 
-
+# %% ../../nbs/42_engines.ipynb #5a42c005
 def classical(
     dataset,  # any dataset: only the image is used
     index: int,  # which image
@@ -110,31 +107,29 @@ def classical(
     shrink = min(1.0, long_edge / max(height, width))
     small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
     if small != (height, width):
-        image = F.interpolate(image[None].float(), small, mode="bilinear", antialias=True)[0].round().clamp(0,
-            255).to(torch.uint8)
+        image = F.interpolate(image[None].float(), small, mode="bilinear", antialias=True)[0]
+        image = image.round().clamp(0, 255).to(torch.uint8)
     image = image.permute(1, 2, 0).contiguous().numpy()
     ids = felzenszwalb(image, scale=scale, sigma=0.5, min_size=min_size)
-    n = int(ids.max()) + 1
     children, cost = merge_tree(ids, rgb2lab(image) * np.array([1.0, 2.0, 2.0]))
 
+    n, nodes = int(ids.max()) + 1, int(ids.max()) + 1 + len(children)
     rows = (np.arange(height) * small[0] // height)[:, None]  # nearest: every pixel keeps exactly one region
-    full = ids[rows, np.arange(width) * small[1] // width]
-    nodes = n + len(children)  # with room for what is merged
-    counts, total = coverage(full, nodes, reduction)
-    boxes, area = boxes_of(full, nodes), np.bincount(full.ravel(), minlength=nodes).astype(float)
-    born, died = np.concatenate([np.zeros(n), cost]), np.full(nodes, np.inf)
-    twin = np.zeros(nodes, bool)
-    for k, (i, j) in enumerate(children):
-        node = n + k
-        np.add(counts[i], counts[j], out=counts[node])
+    ids = ids[rows, np.arange(width) * small[1] // width]
+    counts, total = coverage(ids, nodes, reduction)
+    boxes, area = boxes_of(ids, nodes), np.bincount(ids.ravel(), minlength=nodes).astype(float)
+    died, twin = np.full(nodes, np.inf), np.zeros(nodes, bool)
+    for node, ((i, j), value) in enumerate(zip(children, cost), n):
+        counts[node] = counts[i] + counts[j]
         area[node] = area[i] + area[j]
         boxes[node] = (*np.minimum(boxes[i, :2], boxes[j, :2]), *np.maximum(boxes[i, 2:], boxes[j, 2:]))
-        died[i] = died[j] = cost[k]
-        twin[[i, j]] = area[[i, j]] > 0.95 * area[node]  # the child that is nearly its parent says nothing new
+        died[i] = died[j] = value
+        twin[[i, j]] = area[[i, j]] > 0.95 * area[node]
+    born = np.concatenate([np.zeros(n), cost])
     score = np.where(np.isinf(died), 0.0, 1 - born / np.maximum(died, 1e-12))
     keep = np.flatnonzero(~twin)
     masks = np.stack([counts[node] * 2 >= total for node in keep])
-    return _select(masks, score[keep], boxes[keep], (height, width), reduction, limit)
+    return select(masks, score[keep], boxes[keep], (height, width), reduction, limit)
 
 
 classical.package = "scikit-image"  # whose version goes into a store's manifest
@@ -144,39 +139,28 @@ ENGINES = {"instances": instances, "classical": classical, "sam2": sam2, "sam1":
 
 
 def find_engine(
-    engine,  # a key of `ENGINES`, or a function like them
-):
+    engine: str | Callable,  # a key of `ENGINES`, or a function like them
+) -> Callable:
     "The engine's function. Raises ValueError for an unknown name."
-    if callable(engine):
-        return engine
-    if engine not in ENGINES:
-        raise ValueError(f"unknown proposal engine {engine!r}: known are {', '.join(ENGINES)}")
+    if callable(engine): return engine
+    check_choice("engine", engine, ENGINES)
     return ENGINES[engine]
 
 
 def engine_options(
-    engine,  # a key of `ENGINES`, or a function like them
+    engine: str | Callable,  # a key of `ENGINES`, or a function like them
     **options,  # those that differ from the defaults
 ) -> dict:
     """All options that decide about an engine's masks, defaults filled in.
 
     Raises ValueError for one that the engine does not have."""
     function = find_engine(engine)
-    parameters = list(inspect.signature(function).parameters.values())[2:]  # after dataset and index
-    known = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD
-        and p.name not in ("reduction", "limit")}
-    unknown = [] if any(p.kind is p.VAR_KEYWORD for p in parameters) else [name for name in options
-        if name not in known]
-    if unknown:
-        raise ValueError(
-            f"engine {function.__name__!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    chosen = {name: value for name, value in known.items() if value is not inspect.Parameter.empty} | options
-    return {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()
-        if name not in getattr(function, "without_effect", ())}
+    without_effect = getattr(function, "without_effect", ())
+    return {name: value for name, value in _fill_in(function, options).items() if name not in without_effect}
 
 
 def engine_settings(
-    engine,  # a key of `ENGINES`, or a function like them
+    engine: str | Callable,  # a key of `ENGINES`, or a function like them
     **options,  # those that differ from the defaults
 ) -> dict:
     """`engine`, `options`, `package` (name and version) and `checkpoint` (name and hash).
@@ -187,14 +171,24 @@ def engine_settings(
     if hasattr(function, "package"):
         settings["package"] = package_version(function.package)
     if hasattr(function, "checkpoint"):
-        path = function.checkpoint(**options)
-        settings["checkpoint"] = "random" if path is None else f"{path.name} {_digest(path, path.stat().st_size, path.stat().st_mtime_ns)}"
+        chosen = _fill_in(function, options)
+        path = function.checkpoint(chosen["model"], chosen["checkpoint"])
+        settings["checkpoint"] = f"{path.name} {_digest(path, path.stat().st_mtime_ns)}" if path else "random"
     return settings
 
 
+def _fill_in(function, options):
+    "All options of an engine: the given ones, its defaults, and what is fixed."
+    known = {name: parameter.default for name, parameter in list(inspect.signature(function).parameters.items())[4:]}
+    for name in options:
+        if name not in known:
+            message = f"engine {function.__name__!r} has no option {name!r}; it has {', '.join(known) or 'none'}"
+            raise ValueError(message)
+    return known | getattr(function, "fixed", {}) | options
+
+
 @lru_cache
-def _digest(path, size, changed):
-    "First 16 hexadecimal digits of a file's SHA-256."
-    import hashlib
+def _digest(path, changed):
+    "First 16 hexadecimal digits of a file's SHA-256; read again when it has changed."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
