@@ -6,12 +6,14 @@ import shutil
 import sys
 import warnings
 from collections import namedtuple
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from reinpp.adaptation import proposals
 from reinpp.adaptation.engines import classical, instances, merge_tree
 from reinpp.adaptation.masks import boxes_of, cell_size, compose, coverage, grid_size, pack, pad, unpack, warp
 from reinpp.adaptation.proposals import (
@@ -22,6 +24,7 @@ from reinpp.adaptation.proposals import (
     read_proposals,
     write_proposals,
 )
+from reinpp.adaptation.sam import sam2
 from reinpp.data.catalog import open_dataset
 from reinpp.data.transforms import Geometry, TrainTransform, resize_label
 
@@ -242,6 +245,22 @@ def test_workers_make_what_one_process_makes(scenes, tmp_path):
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="function of a module"):
         make_proposals(scenes, lambda dataset, index, reduction, limit: None, tmp_path / "x", processes=2)
+
+
+def test_every_worker_has_a_gpu_of_its_own(monkeypatch):
+    "Where there are several, for an engine that has a model, unless the device is chosen."
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(proposals, "_job", {})
+    given = []
+    for number, engine, options in ((3, sam2, {}), (4, sam2, {}), (5, classical, {}), (5, sam2, dict(device="cpu"))):
+        monkeypatch.setattr(proposals.multiprocessing, "current_process", lambda k=number: Named(f"SpawnProcess-{k}"))
+        proposals._start(partial(proposals._make, None, engine, None, "", (2, 400), **options), 2)
+        given.append(proposals._job["make"].keywords.get("device"))
+    assert given == ["cuda:1", "cuda:0", None, "cpu"]
+
+
+Named = namedtuple("Named", "name")
 
 
 def slow(dataset, index, reduction, limit):

@@ -227,7 +227,7 @@ def make_proposals(
     todo = [index for index in share if not _is_there(dataset, root, stored, index)]
     if todo and missing:
         raise missing
-    make = partial(_make, dataset, function, root, stored["key"], reduction=reduction, limit=limit, **options)
+    make = partial(_make, dataset, function, root, stored["key"], (reduction, limit), **options)
     workers = max(1, min(processes, len(todo)))
     results = each(make, todo, workers=0)
     if workers > 1:  # "spawn" is the only way that goes with CUDA
@@ -250,12 +250,12 @@ def _is_there(dataset, root, manifest, index):
     return False
 
 
-def _make(dataset, engine, root, key, index, **options):
-    "Bytes of the file that now holds one image's proposals."
-    found = engine(dataset, index, **options)
+def _make(dataset, engine, root, key, size, index, **options):
+    "Bytes of the file that now holds one image's proposals; `size` is reduction and limit."
+    found = engine(dataset, index, *size, **options)
     return write_proposals(_file(root, index), found._replace(name=dataset.reader.names[index]), engine.__name__, key)
 
-
+# %% ../../nbs/43_proposals.ipynb #5a43c010
 _job = {}  # of this process, if it is a worker
 
 

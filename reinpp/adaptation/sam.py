@@ -124,10 +124,9 @@ def sam1(
     return generated(generator, dataset.read_image(index), reduction, limit, halves)
 
 
-for _engine, _package in ((sam2, "sam2"), (sam1, "segment_anything")):
-    _engine.package, _engine.checkpoint = _package, partial(find_checkpoint, _engine.__name__)
-    _engine.without_effect = "checkpoint", "points_per_batch", "device"
-    _engine.fixed = dict(crop_n_points_downscale_factor=1, min_mask_region_area=0)
+sam2.package, sam2.checkpoint = "sam2", partial(find_checkpoint, "sam2")
+sam1.package, sam1.checkpoint = "segment_anything", partial(find_checkpoint, "sam1")
+sam2.fixed = sam1.fixed = dict(crop_n_points_downscale_factor=1, min_mask_region_area=0)
 
 # %% ../../nbs/41_sam.ipynb #fd83314d
 @lru_cache(maxsize=2)
