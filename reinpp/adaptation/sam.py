@@ -98,7 +98,7 @@ def sam2(
     with torch.autocast(kind, torch.bfloat16, enabled=half and kind == "cuda"):
         return generated(generator, dataset.read_image(index), reduction, limit, halves)
 
-
+# %% ../../nbs/41_sam.ipynb #5a41c013
 def sam1(
     dataset,  # any dataset: only the image is used
     index: int,  # which image
