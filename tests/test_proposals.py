@@ -1,4 +1,4 @@
-"""Proposals: the engines without weights, what is stored and what is refused, and that crops bend masks as they bend labels. (SAM: test_sam.py.)"""
+"""Proposals: engines without weights, what is stored and refused, crops bend masks as labels. (SAM: test_sam.py.)"""
 
 import json
 import runpy
@@ -6,12 +6,14 @@ import shutil
 import sys
 import warnings
 from collections import namedtuple
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from reinpp.adaptation import proposals
 from reinpp.adaptation.engines import classical, instances, merge_tree
 from reinpp.adaptation.masks import boxes_of, cell_size, compose, coverage, grid_size, pack, pad, unpack, warp
 from reinpp.adaptation.proposals import (
@@ -22,6 +24,7 @@ from reinpp.adaptation.proposals import (
     read_proposals,
     write_proposals,
 )
+from reinpp.adaptation.sam import sam2
 from reinpp.data.catalog import open_dataset
 from reinpp.data.transforms import Geometry, TrainTransform, resize_label
 
@@ -82,8 +85,8 @@ def test_engines(engine, scenes):
     assert (area > 0).all() and (area[:-1] >= area[1:]).all()
     for mask, box in zip(found.masks, found.boxes):  # the box holds the mask
         y, x = mask.nonzero().T
-        assert box[0] // 2 <= x.min() and x.max() < -(-box[2] // 2) and box[1] // 2 <= y.min() and y.max() < -(
-            -box[3] // 2)
+        assert box[0] // 2 <= x.min() and x.max() < -(-box[2] // 2)
+        assert box[1] // 2 <= y.min() and y.max() < -(-box[3] // 2)
     few = engine(scenes, 1, 2, limit=7)
     assert len(few.masks) == 7
 
@@ -164,12 +167,11 @@ def test_a_killed_write_leaves_nothing(scenes, tmp_path, monkeypatch):
 def test_manifest_says_what_decides_about_the_masks(scenes, tmp_path):
     store = make_proposals(scenes, "classical", tmp_path, scale=80.0, shard=(0, 3))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["engine"] == "classical" and manifest["options"] == dict(long_edge=256, scale=80.0,
-        min_size=20) and manifest["package"].startswith("scikit-image ")
-    assert (manifest["reduction"], manifest["limit"], manifest["images"]) == (4, 400,
-        3) and manifest["checkpoint"] is None
-    assert check_proposals(tmp_path / "000000.safetensors", "classical",
-        manifest["key"]) == store[0].name == scenes[0][2]
+    assert manifest["engine"] == "classical" and manifest["package"].startswith("scikit-image ")
+    assert manifest["options"] == dict(long_edge=256, scale=80.0, min_size=20) and manifest["checkpoint"] is None
+    assert (manifest["reduction"], manifest["limit"], manifest["images"]) == (4, 400, 3)
+    name = check_proposals(tmp_path / "000000.safetensors", "classical", manifest["key"])["name"]
+    assert name == store[0].name == scenes[0][2]
     make_proposals(scenes, "classical", tmp_path, scale=80, long_edge=256, shard=(0, 3))  # a default, named
 
 
@@ -179,8 +181,8 @@ def test_opening_with_other_settings_is_refused(scenes, tmp_path, monkeypatch):
     for arguments, says in ((dict(engine="classical"), "engine 'instances' .asked: 'classical'"),
             (dict(reduction=4), "reduction 2 .asked: 4"),
             (dict(engine="instances", limit=100), "limit 400 .asked: 100"),
-                            (dict(dataset=open_dataset("scenes", "night/train", count=2)), "images 3 .asked: 2"),
-                            (dict(dataset=open_dataset("scenes", "train", count=3)), "names ")):
+            (dict(dataset=open_dataset("scenes", "night/train", count=2)), "images 3 .asked: 2"),
+            (dict(dataset=open_dataset("scenes", "train", count=3)), "names ")):
         with pytest.raises(ValueError, match=f"{says}.*another folder"):
             ProposalStore(tmp_path, **arguments)
     with pytest.raises(ValueError, match="name the engine"):
@@ -188,10 +190,10 @@ def test_opening_with_other_settings_is_refused(scenes, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="names .*another folder"):  # as many images, but others
         make_proposals(open_dataset("scenes", "train", count=3), "instances", tmp_path, reduction=2)
     (tmp_path / "manifest.json").write_text('{"format"')
-    for attempt in (lambda: ProposalStore(tmp_path), lambda: make_proposals(scenes, "instances", tmp_path,
-            reduction=2)):
-        with pytest.raises(ValueError, match="manifest.json is not a manifest"):
-            attempt()
+    with pytest.raises(ValueError, match="manifest.json is not a manifest"):
+        ProposalStore(tmp_path)
+    with pytest.raises(ValueError, match="manifest.json is not a manifest"):
+        make_proposals(scenes, "instances", tmp_path, reduction=2)
 
 
 def test_another_version_of_the_package_is_refused(scenes, tmp_path, monkeypatch):
@@ -203,8 +205,8 @@ def test_another_version_of_the_package_is_refused(scenes, tmp_path, monkeypatch
 
 
 def test_a_file_made_with_other_options_is_named_and_made_again(scenes, tmp_path):
-    a, b = make_proposals(scenes, "classical", tmp_path / "a", shard=(0, 3)), make_proposals(scenes, "classical",
-        tmp_path / "b", scale=200.0, shard=(0, 3))
+    a = make_proposals(scenes, "classical", tmp_path / "a", shard=(0, 3))
+    b = make_proposals(scenes, "classical", tmp_path / "b", scale=200.0, shard=(0, 3))
     assert a.manifest["key"] != b.manifest["key"] and not torch.equal(a[0].scores, b[0].scores)
     wanted = a[0].scores.clone()
     shutil.copy(tmp_path / "b" / "000000.safetensors", tmp_path / "a" / "000000.safetensors")
@@ -238,11 +240,27 @@ def test_workers_make_what_one_process_makes(scenes, tmp_path):
     store = make_proposals(scenes, "classical", tmp_path, reduction=2, processes=2)
     for index in range(3):
         alone = classical(scenes, index, 2)
-        assert torch.equal(store[index].bits, alone.bits) and torch.equal(store[index].scores,
-            alone.scores) and store[index].name == scenes[index][2]
+        assert torch.equal(store[index].bits, alone.bits) and torch.equal(store[index].scores, alone.scores)
+        assert store[index].name == scenes[index][2]
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="function of a module"):
         make_proposals(scenes, lambda dataset, index, reduction, limit: None, tmp_path / "x", processes=2)
+
+
+def test_every_worker_has_a_gpu_of_its_own(monkeypatch):
+    "Where there are several, for an engine that has a model, unless the device is chosen."
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(proposals, "_job", {})
+    given = []
+    for number, engine, options in ((3, sam2, {}), (4, sam2, {}), (5, classical, {}), (5, sam2, dict(device="cpu"))):
+        monkeypatch.setattr(proposals.multiprocessing, "current_process", lambda k=number: Named(f"SpawnProcess-{k}"))
+        proposals._start(partial(proposals._make, None, engine, None, "", (2, 400), **options), 2)
+        given.append(proposals._job["make"].keywords.get("device"))
+    assert given == ["cuda:1", "cuda:0", None, "cpu"]
+
+
+Named = namedtuple("Named", "name")
 
 
 def slow(dataset, index, reduction, limit):
@@ -254,9 +272,10 @@ def test_says_what_it_will_cost_before_the_bulk_and_stops_at_a_full_disk(tmp_pat
     make_proposals(many, slow, tmp_path / "a", reduction=2, shard=(0, 3), progress=True)
     make_proposals(many, slow, tmp_path / "a", reduction=2, progress=True)
     said = capsys.readouterr().out.splitlines()
-    assert "proposals of 8 images (4 of 12 are there) by slow: " in said[
-        -2] and "images/s in 1 process, about " in said[-2] and "of disk (" in said[
-        -2] and "proposals: 8 images in " in said[-1]
+    cost = next(k for k, line in enumerate(said) if "proposals of 8 images (4 of 12 are there) by slow: " in line)
+    assert "images/s in 1 process, about " in said[cost] and "of disk (" in said[cost]
+    assert "(slow) 7/12 " in said[cost - 1] and "(slow) 8/12 " in said[cost + 1]  # after three of the eight
+    assert said[-1].startswith("proposals (slow) 12/12 ")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(OSError, match="9 more images need about .*1.0 kB are free.*the 3 made so far stay"):
@@ -264,8 +283,8 @@ def test_says_what_it_will_cost_before_the_bulk_and_stops_at_a_full_disk(tmp_pat
     assert len(list((tmp_path / "b").glob("*.safetensors"))) == 3
     monkeypatch.undo()
     make_proposals(many, slow, tmp_path / "b", reduction=2)
-    # silent unless asked
-    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 12 and not capsys.readouterr().out
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 12
+    assert not capsys.readouterr().out  # silent unless asked
 
 
 def test_a_failing_image_stops_the_run_and_keeps_the_rest(tmp_path, scenes):
@@ -286,14 +305,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # runpy: the module is already imported
         runpy.run_module("reinpp.adaptation.proposals", run_name="__main__", alter_sys=False)
-    assert "proposals: 2 images" in capsys.readouterr().out and len(
-        list((tmp_path / "store").glob("*.safetensors"))) == 2
+    assert "proposals (instances) 2/2 " in capsys.readouterr().out
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2
     store = main([*arguments, "--shard", "1/2", "--no-labels"])
     assert len(store) == 3 and len(store[1].masks) > 10 and store.manifest["reduction"] == 2
     for extra, says in ((["--limit", "7"], "proposals: .*limit 400 .asked: 7"),
             (["--options", "scale=1"], "has no option 'scale'"), (["--shard", "2/2"], "numbered 0 to 1"),
-                        (["--split", "dawn/train"], "proposals: scenes: no split"),
-                        (["--dataset", "mars"], "no dataset 'mars'")):
+            (["--split", "dawn/train"], "proposals: .*dawn/train"), (["--dataset", "mars"], "proposals: .*'mars'")):
         with pytest.raises(SystemExit, match=says):
             main([*arguments, *extra])
     for extra in (["--shard", "2"], ["--options", "scale"], ["--engine", "sam9"]):
@@ -340,8 +358,8 @@ def large():
     "Instance map of a 2048 x 1024 scene, and its proposals one at a time, so that warping loses track of none."
     scene = open_dataset("scenes", "train", count=1, size=(1024, 2048))
     found = instances(scene, 0)
-    return scene.instances(0).numpy(), [found._replace(bits=bits[None], boxes=box[None]) for bits,
-        box in zip(found.bits, found.boxes)]
+    single = [found._replace(bits=bits[None], boxes=box[None]) for bits, box in zip(found.bits, found.boxes)]
+    return scene.instances(0).numpy(), single
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -363,8 +381,8 @@ def test_warp_equals_doing_it_at_full_resolution(geometry, large):
         edge = (full[1:] != full[:-1]).sum() + (full[:, 1:] != full[:, :-1]).sum()
         if area[-1] > 12 * edge:  # pixels per pixel of outline
             assert best >= 0.9, f"instance {value} of {area[-1]} px: IoU {best:.3f}"
-    assert len(every) >= 8 and np.mean(every) >= 0.9 and np.average(every,
-        weights=area) >= 0.95, sorted(zip(every, area))
+    assert len(every) >= 8 and np.mean(every) >= 0.9, sorted(zip(every, area))
+    assert np.average(every, weights=area) >= 0.95, sorted(zip(every, area))
 
 
 def ious(masks, full, wanted, least=1000):
@@ -396,8 +414,8 @@ def two():
     """Two scenes of an odd size, twice the crop's as in the paper's settings, so that no resize goes beyond the
     original: images with labels, instance maps, proposals."""
     scene = open_dataset("scenes", "train", count=2, size=(1031, 2046))
-    return [scene[i][:2] for i in (0, 1)], [scene.instances(i).numpy() for i in (0, 1)], [instances(scene, i)
-        for i in (0, 1)]
+    pairs, maps = [scene[i][:2] for i in (0, 1)], [scene.instances(i).numpy() for i in (0, 1)]
+    return pairs, maps, [instances(scene, i) for i in (0, 1)]
 
 
 @pytest.mark.parametrize("seed", range(6))
