@@ -10,30 +10,250 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .scene_canvas import _Camera, _Canvas, _Draws, _shade
-from reinpp.data.scene_things import (
-    _GRASS,
-    _bus,
-    _car,
-    _crossing_box,
-    _crossing_car,
-    _fence,
-    _hedge,
-    _house,
-    _lamp_post,
-    _person,
-    _sign,
-    _traffic_light,
-    _train,
-    _tree,
-    _truck,
-    _two_wheeler,
-    _wall,
-)
-from .scene_weather import _WEATHER, _Look, _style, _texture
+from . import scene_things as things
+from .scene_canvas import Camera, Canvas, Draws, shade
+from .scene_weather import WEATHER, Look, photograph, texture
+from ..files import check_choice
 from ..labels import CLASSES
 
-# %% ../../nbs/13_scenes.ipynb #1ed5a844
+# %% ../../nbs/13_scenes.ipynb #ff1a618c
+def _sky(c, r):
+    "Sky, clouds and skyline."
+    horizon = int(np.clip(round(c.camera.v0), 0, c.height))
+    sky = c.thing("sky", 200.0)
+    top = np.array(r.near(r.pick(((88, 136, 206), (120, 160, 214), (150, 170, 196))), 12))
+    low = np.array(r.near((204, 218, 232), 10))
+    ramp = np.linspace(0, 256, max(horizon, 1)).astype(np.int64)[:, None]
+    c.image[:horizon] = ((top * (256 - ramp) + low * ramp) >> 8).astype(np.uint8)[:horizon, None]
+    c.ids[:] = sky
+    for _ in range(r.count(0, 5)):
+        u, v, w = r(0, c.width), r(0, horizon * 0.7 + 1), r(0.06, 0.2) * c.width
+        for _ in range(3):
+            centre = round(u + r(-w, w)), round(v + r(-2, 3))
+            axes = max(1, round(w * r(.4, .9))), max(1, round(w * r(.1, .2)))
+            c.cv2.ellipse(c.image, centre, axes, 0, 0, 360, r.near((240, 243, 247), 8), -1)
+    green = r.chance(0.6)
+    far = c.thing("vegetation" if green else "building", 90.0)
+    step = max(c.width / 12, 2)
+    skyline = [(0.0, c.camera.v0 + 2.0)]
+    for i in range(14):
+        v = c.camera.v0 - r(0.01, 0.06 if green else 0.1) * c.height
+        skyline += [(i * step, v)] if green else [(i * step, v), ((i + 1) * step, v)]
+    c.fill(far, skyline + [(c.width + step * 2, c.camera.v0 + 2.0)], (112, 130, 104) if green else (146, 148, 154))
+
+# %% ../../nbs/13_scenes.ipynb #5a1c0d61
+class _Plan(NamedTuple):
+    "Across a street, in metres; pairs are left and right."
+    lane: float  # width of a lane
+    ours: int  # lanes in our direction
+    theirs: int
+    right: float  # end of our lanes
+    parking: list  # whether cars stand at the curb
+    curbs: tuple  # x of the road's ends
+    walk: list  # x of the sidewalk's outer end
+    verge: list  # whether grass is beside it
+    edge: list  # x behind which houses stand
+    cross: tuple | None = None  # z where a side street begins and ends
+    rails: float | None = None  # x of a tram's track
+
+    @property
+    def middle(self):
+        "x of the line between the directions."
+        return self.right - self.ours * self.lane
+
+
+_SIDES, _NEAR, _FAR = (-1, 1), 1.2, 150.0
+
+
+def _lay_out(r):
+    "A plan without side street and rails."
+    lane, ours, theirs = r(3.0, 3.5), r.count(1, 2), r.count(1, 2)
+    right = lane * (0.5 if ours == 1 else r.pick((0.5, 1.5)))
+    parking = [r.chance(0.5), r.chance(0.5)]
+    curbs = right - (ours + theirs) * lane - 0.4 - 2.2 * parking[0], right + 0.4 + 2.2 * parking[1]
+    walk, verge, edge = [], [], []
+    for side, curb in zip(_SIDES, curbs):
+        walk.append(curb + side * r(1.8, 3.8))
+        verge.append(r.chance(0.45))
+        edge.append(walk[-1] + side * (r(1.5, 5.0) if verge[-1] else 0.1))
+    return _Plan(lane, ours, theirs, right, parking, curbs, walk, verge, edge)
+
+# %% ../../nbs/13_scenes.ipynb #5a1c0d63
+_GRASS = ((128, 162, 76), (146, 160, 84), (112, 150, 66), (158, 152, 96))
+
+
+def _ground(c, r):
+    "Paint the ground; what comes back is the whole plan."
+    plan = _lay_out(r)
+    grass, asphalt = r.near(r.pick(_GRASS), 10), r.near(r.pick(((98, 98, 102), (84, 86, 92), (112, 108, 106))), 10)
+    paving = r.near(r.pick(((172, 164, 156), (186, 178, 162), (160, 156, 158), (188, 160, 148))), 10)
+    ground, horizon = c.thing("terrain", 20.0), int(np.clip(round(c.camera.v0), 0, c.height))
+    for picture, value in ((c.image, r.near(grass, 8)), (c.ids, ground)):
+        c.cv2.rectangle(picture, (0, horizon), (c.width, c.height), value, -1)
+    for side, curb, walk, verge, edge in zip(_SIDES, plan.curbs, plan.walk, plan.verge, plan.edge):
+        if verge:
+            c.strip(c.thing("terrain", 20.0), edge, walk, _NEAR, _FAR, r.near(grass, 12))
+        path = c.thing("sidewalk", 10.0)
+        c.strip(path, walk if verge else edge, curb, _NEAR, _FAR, r.near(paving, 6))
+        for z in (2.2, 2.9, 3.8, 5.0, 6.6, 9.0):  # joints between the slabs
+            c.strip(0, walk, curb, z, z * 1.02 + .03, shade(paving, 0.82))
+        c.strip(0, curb + side * .28, curb, _NEAR, _FAR, shade(paving, 1.2))
+    road, (left, right) = c.thing("road", 10.0), plan.curbs
+    c.strip(road, left, right, _NEAR, _FAR, asphalt)
+    if r.chance(0.35):  # a side street, with a zebra crossing before it
+        near = r(10.0, 22.0)
+        far = near + r(6.0, 9.0)
+        plan = plan._replace(cross=(near, far))
+        top, bottom = (c.camera.at(0, 0, z)[1] for z in (far, near))
+        c.fill(road, ((0, top), (c.width, top), (c.width, bottom), (0, bottom)), asphalt)
+        for x in np.arange(left + .5, right - .5, 1.1):
+            c.strip(0, x, x + .55, near - 2.6, near - .6, (214, 214, 210))
+    _lane_marks(c, r, plan)
+    if r.chance(0.16):
+        plan = plan._replace(rails=plan.middle - plan.lane / 2)
+        for dx in (-0.75, 0.6):
+            c.strip(0, plan.rails + dx, plan.rails + dx + .12, _NEAR, _FAR, shade(asphalt, 0.6))
+    return plan
+
+
+def _lane_marks(c, r, plan):
+    "A line between the directions, dashes between lanes."
+    paint, cross = r.near((222, 222, 216), 8), plan.cross
+    for k in range(-plan.theirs + 1, plan.ours):
+        x, solid = plan.middle + k * plan.lane, k == 0 and r.chance(0.5)
+        for z in ((_NEAR,) if solid else np.arange(1.5 + r(0, 3), 40, 6.0).tolist()):
+            stop = _FAR if solid else z + 3.0
+            if solid or not (cross and z < cross[1] and stop > cross[0]):
+                c.strip(0, x - .07, x + .07, z, stop, paint)
+
+# %% ../../nbs/13_scenes.ipynb #5a1c0d65
+def _segments(r, cross):
+    "What stands along one side: [(kind, from, to, three numbers)], near to far."
+    z, segments, mood = r(1.6, 3.0), [], r()
+    bounds = 0.60 - 0.3 * mood, 0.71 - .24 * mood, 0.82 - .14 * mood, .92 - .1 * mood
+    while z < 60:
+        draw = r()
+        kind = ("house", "wall", "fence", "hedge", "open")[sum(draw >= bound for bound in bounds)]
+        stop = z + (r(6, 14) if kind == "house" else r(5, 12))
+        if cross and z < cross[1] + 1 and stop > cross[0] - 1:
+            if z > cross[0] - 3:
+                z = cross[1] + 1.0
+                continue
+            stop = cross[0] - 1.0
+        segments.append((kind, z, stop, [r() for _ in range(3)]))
+        z = stop + (r(0.5, 4.0) if r.chance(0.3) else 0.0)
+    return segments
+
+
+def _back_row(c, r, plan):
+    "Houses, walls, fences, hedges and trees behind both sidewalks."
+    for side, edge in zip(_SIDES, plan.edge):
+        for kind, z0, z1, (a, b, d) in reversed(_segments(r, plan.cross)):
+            x = edge + side * (0.2 + (3.0 * a if kind == "house" and b < 0.3 else 0.0))
+            if kind == "house":
+                things.house(c, r, x, z0, z1, 4.0 + 4.5 * a if d < 0.5 else 8.0 + 9.0 * a)
+                continue
+            for k in range(int(3 * a) + 1):
+                things.tree(c, r, x + side * (1.5 + 5 * b), z1 - (k + .5) * (z1 - z0) / 3)
+            if kind != "open":
+                getattr(things, kind)(c, r, x, z0, z1)
+
+# %% ../../nbs/13_scenes.ipynb #5a1c0d67
+def _traffic(r, plan):
+    "Yield what drives in each lane."
+    for k in range(plan.ours + plan.theirs):
+        x, oncoming, z = plan.right - (k + .5) * plan.lane, k >= plan.ours, r(6.0, 16.0)
+        own = abs(x) < plan.lane / 2
+        if plan.rails is not None and abs(x - plan.rails) < 1.0 and r.chance(0.8):
+            yield z, things.train, x, z, oncoming
+            z += 30
+        z += 2.0 * own
+        while z < 55:
+            if r.chance(0.5):
+                kind = r()
+                if kind < 0.79:
+                    yield z, things.car, x + r(-.3, .3), z, oncoming
+                elif kind < 0.92:
+                    yield z, things.truck if kind < 0.855 else things.bus, x, z, oncoming
+                    z += 7
+                elif z < 24:
+                    ride = x + r(-.8, .8), z, r.pick(("motorcycle", "motorcycle", "bicycle"))
+                    yield z, things.two_wheeler, *ride, True, False
+            z += r(7.0, 16.0)
+
+# %% ../../nbs/13_scenes.ipynb #5a1c0d68
+_RIDES = "bicycle", "bicycle", "motorcycle"
+
+
+def _curbside(r, plan, i):
+    "Yield what stands and walks between the road and the houses on one side."
+    side, road, cross, parking = _SIDES[i], plan.curbs[i], plan.cross, plan.parking[i]
+    if parking:
+        z = r(3.5, 8.0)
+        while z < 50:
+            if r.chance(0.7):
+                draw = things.car if r.chance(.94) else things.truck
+                yield z, draw, road - side * 1.1, z, i == 0
+                z += 4.2 if draw is things.truck else 0.0
+            z += r(5.6, 8.0)
+    curb, inner = road + side * .45, plan.walk[i]
+    for _ in range(r.count(0, 4)):  # people walk alone or in twos
+        z, x = r(4.5, 8.0) if r.chance(.35) else r(6.0, 20.0), r(min(curb, inner), max(curb, inner))
+        yield z, things.person, x, z
+        if r.chance(0.3):
+            yield z + .2, things.person, x + r(.5, .8), z + .2
+    z = r(5.0, 14.0)
+    lamps = r.chance(0.75)
+    while z < 60 and lamps:
+        yield z, things.lamp_post, curb, z, -side
+        z += r(12.0, 18.0)
+    for _ in range(r.count(0, 2)):
+        z = r(5.5, 16.0)
+        yield z, things.sign, curb + side * r(0, .3), z
+    if cross or r.chance(0.12):
+        z = cross[0] - r(2.0, 3.0) if cross else r(7.0, 14.0)
+        yield z, things.traffic_light, curb, z
+    if r.chance(0.4):  # street trees
+        z = r(5.0, 12.0)
+        while z < 50:
+            x = curb + side * (abs(plan.edge[i] - curb) * .8 if plan.verge[i] else .4)
+            yield z, things.tree, x, z, r(4.0, 7.0)
+            z += r(6.0, 12.0)
+    for _ in range(2 if r.chance(0.28) else 0):  # parked two-wheelers
+        z = r(4.5, 11.0)
+        yield z, things.two_wheeler, inner - side * r(.2, .9), z, r.pick(_RIDES), False, r.chance(.8)
+    if r.chance(0.22):  # a cyclist at the side of the road
+        z = r(5.5, 14.0)
+        yield z, things.two_wheeler, road - side * (2.9 if parking else .7), z, r.pick(_RIDES), True, r.chance(.4)
+
+# %% ../../nbs/13_scenes.ipynb #5a1c0d69
+def _crossing(r, plan):
+    "Yield who crosses, and who waits at the zebra crossing."
+    near, far = plan.cross
+    for x in (r(-14, -4), r(-2, 6), r(8, 16)):
+        kind, z = r(), r(near + 1.0, far - 2.0)
+        if kind < .35:
+            yield z, things.crossing_car, x, z
+        elif kind < .5:
+            yield z, things.crossing_box, x, z, r.pick(("truck", "bus", "train"))
+        elif kind < .62:
+            yield z, things.two_wheeler, x * .5, z, r.pick(("bicycle", "motorcycle")), True, True
+    for _ in range(r.count(0, 3)):
+        yield near - 1.5, things.person, r(*plan.curbs), near - r(.8, 2.4)
+
+
+def _street(c, r):
+    "Draw one street on a canvas, with random numbers r."
+    _sky(c, r)
+    plan = _ground(c, r)
+    _back_row(c, r, plan)
+    found = [*_traffic(r, plan), *_curbside(r, plan, 0), *_curbside(r, plan, 1)]
+    if plan.cross:
+        found += _crossing(r, plan)
+    for _, draw, *arguments in sorted(found, key=lambda thing: -thing[0]):
+        draw(c, r, *arguments)
+
+# %% ../../nbs/13_scenes.ipynb #daa78c83
 WEATHERS = ("day", "night", "fog", "rain", "snow")
 "What the sky does; every weather but `day` is a domain shift."
 STYLES = ("game", "camera")
@@ -46,195 +266,6 @@ class Scene(NamedTuple):
     label: np.ndarray  # (H, W) uint8 trainIds, every pixel labelled
     instances: np.ndarray  # (H, W) uint16, ids from 1: each separately drawn thing has its own
 
-# %% ../../nbs/13_scenes.ipynb #ff1a618c
-def _street(c, r):
-    "Lay out one street on the canvas with random numbers r."
-    cam, at = c.camera, c.camera.at
-    horizon = int(np.clip(round(cam.v0), 0, c.height))
-
-    # sky and skyline
-    sky = c.thing("sky", 200.0)
-    top, low = np.array(r.near(r.pick(((88, 136, 206), (120, 160, 214), (150, 170, 196))), 12)), np.array(
-        r.near((204, 218, 232), 10))
-    ramp = np.linspace(0, 256, max(horizon, 1)).astype(np.int64)[:, None]
-    c.image[:horizon] = ((top * (256 - ramp) + low * ramp) >> 8).astype(np.uint8)[:horizon, None]
-    c.ids[:] = sky
-    for _ in range(r.count(0, 5)):
-        u, v, w = r(0, c.width), r(0, horizon * 0.7 + 1), r(0.06, 0.2) * c.width
-        for _ in range(3):
-            c.cv2.ellipse(c.image, (round(u + r(-w, w)), round(v + r(-2, 3))),
-                (max(1, round(w * r(.4, .9))), max(1, round(w * r(.1, .2)))), 0, 0, 360, r.near((240, 243, 247), 8), -1)
-    far = c.thing("vegetation", 90.0) if r.chance(0.6) else c.thing("building", 90.0)
-    green = CLASSES[c.classes[far]] == "vegetation"
-    step = max(c.width / 12, 2)
-    tops = [r(0.01, 0.06 if green else 0.1) * c.height for _ in range(14)]
-    skyline = [(0.0, cam.v0 + 2.0)]
-    for i, t in enumerate(tops):
-        skyline += [(i * step, cam.v0 - t)] if green else [(i * step, cam.v0 - t), ((i + 1) * step, cam.v0 - t)]
-    c.fill(far, skyline + [(c.width + step * 2, cam.v0 + 2.0)], (112, 130, 104) if green else (146, 148, 154))
-
-    # the ground, from outside in
-    lane, ours, theirs = r(3.0, 3.5), r.count(1, 2), r.count(1, 2)
-    right = lane * (0.5 if ours == 1 else r.pick((0.5, 1.5)))
-    parking = [r.chance(0.5), r.chance(0.5)]  # left, right
-    road_r = right + 0.4 + 2.2 * parking[1]
-    road_l = right - (ours + theirs) * lane - 0.4 - 2.2 * parking[0]
-    near, distant = 1.2, 150.0
-    walk, verge, edge = [], [], []
-    for side, road in ((-1, road_l), (1, road_r)):
-        walk.append(road + side * r(1.8, 3.8))
-        verge.append(r.chance(0.45))
-        edge.append(walk[-1] + side * (r(1.5, 5.0) if verge[-1] else 0.1))
-    grass, asphalt = r.near(r.pick(_GRASS), 10), r.near(r.pick(((98, 98, 102), (84, 86, 92), (112, 108, 106))), 10)
-    paving = r.near(r.pick(((172, 164, 156), (186, 178, 162), (160, 156, 158), (188, 160, 148))), 10)
-    ground = c.thing("terrain", 20.0)
-    for canvas, value in ((c.image, r.near(grass, 8)), (c.ids, ground)):
-        c.cv2.rectangle(canvas, (0, horizon), (c.width, c.height), value, -1)
-    for i, side in ((0, -1), (1, 1)):
-        if verge[i]:
-            c.strip(c.thing("terrain", 20.0), edge[i], walk[i], near, distant, r.near(grass, 12))
-        path = c.thing("sidewalk", 10.0)
-        c.strip(path, edge[i] if not verge[i] else walk[i], (road_l, road_r)[i], near, distant, r.near(paving, 6))
-        for z in (2.2, 2.9, 3.8, 5.0, 6.6, 9.0):  # joints between the slabs
-            c.strip(0, walk[i], (road_l, road_r)[i], z, z * 1.02 + .03, _shade(paving, 0.82))
-        c.strip(0, (road_l, road_r)[i] + side * .28, (road_l, road_r)[i], near, distant, _shade(paving, 1.2))
-    road = c.thing("road", 10.0)
-    c.strip(road, road_l, road_r, near, distant, asphalt)
-
-    # a side street, with a zebra crossing before it
-    cross = r.chance(0.35) and (lambda z: (z, z + r(6.0, 9.0)))(r(10.0, 22.0))
-    if cross:
-        rows = at(0, 0, cross[1])[1], at(0, 0, cross[0])[1]
-        c.fill(road, ((0, rows[0]), (c.width, rows[0]), (c.width, rows[1]), (0, rows[1])), asphalt)
-        for x in np.arange(road_l + .5, road_r - .5, 1.1):
-            c.strip(0, x, x + .55, cross[0] - 2.6, cross[0] - .6, (214, 214, 210))
-    # lane marks: a line between the directions, dashes between lanes, edges
-    paint, middle = r.near((222, 222, 216), 8), right - ours * lane
-    for k in range(-theirs + 1, ours):
-        x, solid = middle + k * lane, k == 0 and r.chance(0.5)
-        for z in ((near,) if solid else np.arange(1.5 + r(0, 3), 40, 6.0).tolist()):
-            stop = distant if solid else z + 3.0
-            if not (cross and z < cross[1] and stop > cross[0] and not solid):
-                c.strip(0, x - .07, x + .07, z, stop, paint)
-    tram = r.chance(0.16)
-    rails = middle - lane / 2
-    if tram:
-        for dx in (-0.75, 0.6):
-            c.strip(0, rails + dx, rails + dx + .12, near, distant, _shade(asphalt, 0.6))
-
-    # what stands behind the sidewalks, far to near
-    for i, side in ((0, -1), (1, 1)):
-        z, segments, mood = r(1.6, 3.0), [], r()
-        while z < 60:
-            kind = r()
-            kind = "house" if kind < 0.60 - 0.3 * mood else "wall" if kind < 0.71 - .24 * mood else "fence" if kind < 0.82 - .14 * mood else "hedge" if kind < .92 - .1 * mood else "open"
-            stop = z + (r(6, 14) if kind == "house" else r(5, 12))
-            if cross and z < cross[1] + 1 and stop > cross[0] - 1:
-                if z > cross[0] - 3:
-                    z = cross[1] + 1.0
-                    continue
-                stop = cross[0] - 1.0
-            segments.append((kind, z, stop, [r() for _ in range(3)]))
-            z = stop + (r(0.5, 4.0) if r.chance(0.3) else 0.0)
-        for kind, z0, z1, (a, b, d) in reversed(segments):
-            x = edge[i] + side * (0.2 + (3.0 * a if kind == "house" and b < 0.3 else 0.0))
-            if kind == "house":
-                _house(c, r, x, z0, z1, 4.0 + 4.5 * a if d < 0.5 else 8.0 + 9.0 * a)
-            else:
-                for k in range(int(3 * a) + 1):
-                    _tree(c, r, x + side * (1.5 + 5 * b), z1 - (k + .5) * (z1 - z0) / 3)
-                if kind != "open":
-                    {"wall": _wall, "fence": _fence, "hedge": _hedge}[kind](c, r, x, z0, z1)
-
-    # things, as (depth, how to draw)
-    things = []
-    def add(z, draw, *args):
-        return things.append((z, len(things), draw, args))
-    for k in range(ours + theirs):  # moving traffic
-        x, oncoming, z = right - (k + .5) * lane, k >= ours, r(6.0, 16.0)
-        own = abs(x) < lane / 2
-        on_rails = tram and abs(x - rails) < 1.0
-        if on_rails and r.chance(0.8):
-            add(z, _train, x, z, oncoming)
-            z += 30
-        z += 2.0 * own
-        while z < 55:
-            if r.chance(0.5):
-                kind = r()
-                if kind < 0.79:
-                    add(z, _car, x + r(-.3, .3), z, oncoming)
-                elif kind < 0.92:
-                    add(z, _truck if kind < 0.855 else _bus, x, z, oncoming)
-                    z += 7
-                elif z < 24:
-                    add(z, _two_wheeler, x + r(-.8, .8), z, r.pick(("motorcycle", "motorcycle", "bicycle")), True,
-                        False)
-            z += r(7.0, 16.0)
-    for i, side in ((0, -1), (1, 1)):
-        if parking[i]:
-            z = r(3.5, 8.0)
-            while z < 50:
-                if r.chance(0.7):
-                    add(z, _car if r.chance(.94) else _truck, (road_l, road_r)[i] - side * 1.1, z, i == 0)
-                    z += 4.2 if things[-1][2] is _truck else 0.0
-                z += r(5.6, 8.0)
-        curb, inner = (road_l, road_r)[i] + side * .45, walk[i]
-        for _ in range(r.count(0, 4)):  # people walk alone or in twos
-            z, x = r(4.5, 8.0) if r.chance(.35) else r(6.0, 20.0), r(min(curb, inner), max(curb, inner))
-            add(z, _person, x, z)
-            if r.chance(0.3):
-                add(z + .2, _person, x + r(.5, .8), z + .2)
-        z = r(5.0, 14.0)
-        lamps = r.chance(0.75)
-        while z < 60 and lamps:
-            add(z, _lamp_post, curb, z, -side)
-            z += r(12.0, 18.0)
-        for _ in range(r.count(0, 2)):
-            z = r(5.5, 16.0)
-            add(z, _sign, curb + side * r(0, .3), z)
-        if cross or r.chance(0.12):
-            z = cross[0] - r(2.0, 3.0) if cross else r(7.0, 14.0)
-            add(z, _traffic_light, curb, z)
-        if r.chance(0.4):  # street trees
-            z = r(5.0, 12.0)
-            while z < 50:
-                add(z, _tree, curb + side * (.4 if not verge[i] else abs(edge[i] - curb) * .8), z, r(4.0, 7.0))
-                z += r(6.0, 12.0)
-        for _ in range(2 if r.chance(0.28) else 0):  # parked two-wheelers
-            z = r(4.5, 11.0)
-            add(z, _two_wheeler, inner - side * r(.2, .9), z, r.pick(("bicycle", "bicycle", "motorcycle")), False,
-                r.chance(.8))
-        if r.chance(0.22):  # a cyclist at the side of the road
-            z = r(5.5, 14.0)
-            add(z, _two_wheeler, (road_l, road_r)[i] - side * (2.9 if parking[i] else .7), z,
-                r.pick(("bicycle", "bicycle", "motorcycle")), True, r.chance(.4))
-    if cross:
-        for x in (r(-14, -4), r(-2, 6), r(8, 16)):
-            kind, z = r(), r(cross[0] + 1.0, cross[1] - 2.0)
-            if kind < .35:
-                add(z, _crossing_car, x, z)
-            elif kind < .5:
-                add(z, _crossing_box, x, z, r.pick(("truck", "bus", "train")))
-            elif kind < .62:
-                add(z, _two_wheeler, x * .5, z, r.pick(("bicycle", "motorcycle")), True, True)
-        for _ in range(r.count(0, 3)):
-            add(cross[0] - 1.5, _person, r(road_l, road_r), cross[0] - r(.8, 2.4))
-    for z, _, draw, args in sorted(things, key=lambda t: (-t[0], t[1])):
-        draw(c, r, *args)
-
-# %% ../../nbs/13_scenes.ipynb #daa78c83
-def _check(value, options, what):
-    if value not in options:
-        raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(options)}")
-
-
-def _canvas(r, height, width, dark):
-    "An empty canvas under a random camera."
-    camera = _Camera(focal=height * r(1.1, 1.3), u0=width * r(0.42, 0.58), v0=height * r(0.38, 0.47),
-        height=r(1.35, 1.75),
-                     bend=r(-0.002, 0.002) if r.chance(0.5) else 0.0)
-    return _Canvas(height, width, camera, dark)
-
 
 def draw_scene(
     seed: int,  # which street; any integer from 0
@@ -242,23 +273,24 @@ def draw_scene(
     style: str = "camera",  # one of `STYLES`
     size: tuple[int, int] = (128, 256),  # height and width in pixels
 ) -> Scene:  # image (H, W, 3) uint8, label (H, W) uint8, instances (H, W) uint16
-    """Draw one street.
+    """One street; the same arguments give the same bytes, and the seed alone decides what is there.
 
-    The seed alone decides what is there; the same arguments give the same bytes. Raises ValueError on an unknown
-    weather or style, a negative seed or a size under 32."""
-    _check(weather, WEATHERS, "weather")
-    _check(style, STYLES, "style")
+    Raises ValueError on an unknown weather or style, a negative seed or a size under 32."""
+    check_choice("weather", weather, WEATHERS)
+    check_choice("style", style, STYLES)
     height, width = size
     if seed < 0 or min(size) < 32:
         raise ValueError(f"cannot draw seed {seed} at {height}x{width}; seeds start at 0 and sides at 32 pixels")
-    street = _Draws(seed, 0)
-    canvas = _canvas(street, height, width, dark=weather == "night")
-    _street(canvas, street)
-    look = _Look(canvas, _Draws(seed, 1, WEATHERS.index(weather), STYLES.index(style)))
-    _texture(look, 100 if style == "game" else 256)
+    r = Draws(seed, 0)
+    camera = Camera(focal=height * r(1.1, 1.3), u0=width * r(0.42, 0.58), v0=height * r(0.38, 0.47),
+                    height=r(1.35, 1.75), bend=r(-0.002, 0.002) if r.chance(0.5) else 0.0)
+    canvas = Canvas(height, width, camera, dark=weather == "night")
+    _street(canvas, r)
+    look = Look(canvas, Draws(seed, 1, WEATHERS.index(weather), STYLES.index(style)))
+    texture(look, 100 if style == "game" else 256)
     if weather != "day":
-        _WEATHER[weather](look, 1.0)
-    _style(look, style)
+        WEATHER[weather](look, 1.0)
+    photograph(look, style)
     return Scene(look.image, look.label, canvas.ids)
 
 # %% ../../nbs/13_scenes.ipynb #dff1ab81
@@ -267,31 +299,28 @@ def style_pair(
     size: tuple[int, int] = (128, 128),  # height and width in pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # styled and clean, both (H, W, 3) uint8
     "A crop of a street in a heavily randomised style, and the same crop clean. No labels are involved."
-    r, (height, width) = _Draws(seed, 2), size
+    r, (height, width) = Draws(seed, 2), size
     weather, strength, zoom = r.pick(WEATHERS), r(0.4, 1.0), 0.8 * 2.2 ** r()
     # the window of a street of height * zoom by 2 * height * zoom pixels
     left, top = r() * (2 * height * zoom - width), r() * max(0.0, height * (zoom - 1))
-    camera = _Camera(focal=height * zoom * r(1.1, 1.3), u0=height * zoom * r(0.84, 1.16) - left,
-                     v0=height * zoom * r(0.38, 0.47) - top, height=r(1.35, 1.75), bend=r(-0.002, 0.002))
-    canvas = _Canvas(height, width, camera, weather == "night")
+    camera = Camera(focal=height * zoom * r(1.1, 1.3), u0=height * zoom * r(0.84, 1.16) - left,
+                    v0=height * zoom * r(0.38, 0.47) - top, height=r(1.35, 1.75), bend=r(-0.002, 0.002))
+    canvas = Canvas(height, width, camera, weather == "night")
     _street(canvas, r)
-    look = _Look(canvas, r)
-    _texture(look, 100)
+    look = Look(canvas, r)
+    texture(look, 100)
     clean, cv2 = look.image.copy(), look.cv2
-
     if r.chance(0.7):  # every thing gets another tint
         spread = r.count(5, 40)
         tints = r.rng.integers(-spread, spread + 1, (len(canvas.classes), 3), dtype=np.int16)
         look.add(np.take(tints, canvas.ids, axis=0))
     if r.chance(0.6):  # channels leak into each other
         mix = np.eye(3) * (1 - (leak := r(0.0, 0.7))) + leak * r.rng.dirichlet((1, 1, 1), 3)
-        parts = [np.rint(256 * mix[i]).astype(np.int32) for i in range(3)]
-        red, green, blue = (channel.astype(np.int32) for channel in cv2.split(look.image))
-        look.image = cv2.merge(
-            [np.minimum((red * a + green * b + blue * c) >> 8, 255).astype(np.uint8) for a, b, c in parts])
-    _texture(look, r.count(0, 300))
+        mix = np.rint(256 * mix).astype(np.int32)
+        look.image = np.minimum(look.image.astype(np.int32) @ mix.T >> 8, 255).astype(np.uint8)
+    texture(look, r.count(0, 300))
     if weather != "day":
-        _WEATHER[weather](look, strength)
+        WEATHER[weather](look, strength)
     look.saturate(r.count(80, 400))
     if r.chance(0.5):
         look.image = cv2.GaussianBlur(look.image, (3, 3), 0)
@@ -299,7 +328,5 @@ def style_pair(
     curve = low + (high - low) * (np.arange(256) / 255) ** gamma
     look.image = cv2.LUT(look.image, np.rint(curve.clip(0, 255)).astype(np.uint8))
     if r.chance(0.7):
-        noise = np.frombuffer(r.rng.bytes(height * width * 3), np.uint8).reshape(height, width,
-            3).astype(np.int16) - 128
-        look.add(noise * r.count(2, 26) >> 7)
+        look.add(look.noise() * r.count(2, 26) >> 7)
     return look.image, clean
