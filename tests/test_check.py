@@ -206,7 +206,7 @@ def test_exit_status(city, tmp_path, capsys):
         return main([*a, "--cache", str(tmp_path / "seen")])
     assert shell("--data-root", str(city.parent), "--any-number") == 0 and "cityscapes" in capsys.readouterr().out
     assert shell("--data-root", str(city.parent)) == 1 and "incomplete" in capsys.readouterr().out
-    assert shell("nothing", "--data-root", str(city.parent)) == 2 and "no dataset 'nothing'" in capsys.readouterr().err
+    assert shell("nothing", "--data-root", str(city.parent)) == 2 and "dataset='nothing' is unknown" in capsys.readouterr().err
     assert shell("--data-root", str(tmp_path / "empty")) == 1 and "--data-root" in capsys.readouterr().err
     done = subprocess.run([sys.executable, "-m", "reinpp.data.check", "gtav", "--data-root", str(city.parent),
         "--cache", str(tmp_path / "seen")], capture_output=True, text=True)

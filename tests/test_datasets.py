@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from reinpp.data import datasets
+from reinpp.data import datasets, sampling
 from reinpp.data.catalog import DATASETS, open_dataset
 from reinpp.data.datasets import concat
 from reinpp.data.sampling import (
@@ -331,7 +331,7 @@ def test_sampler_draws_by_class():
     torch.testing.assert_close(share.double(), sampler.probabilities, atol=.02, rtol=0)
     rider = torch.bincount(torch.tensor([i for i, c in drawn if c == 12]), minlength=50)
     assert set(torch.nonzero(rider).flatten().tolist()) == {3, 4, 5} and rider[3:6].min() > .28 * rider.sum()
-    flat = Sampler(Counted(50), rcs=True, counts=counts, temperature=1e6).probabilities
+    flat = rare_class_probabilities(class_frequencies(counts) * (sampler.probabilities > 0), temperature=1e6)
     torch.testing.assert_close(flat[[0, 1, 12]], torch.full((3,), 1 / 3, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
@@ -408,7 +408,7 @@ def test_statistics_have_the_shared_form(gta, monkeypatch):
     assert with_class == {"0": [[e["file"], e["0"]] for e in stats], "12": [[e["file"], e["12"]] for e in stats[1:]]}
     assert sorted(p.name for p in gta.iterdir()) == ["images", "labels", *STATISTICS]
     assert sampler.images[12] == [1, 2] and torch.equal(class_statistics(ds), class_pixels(ds))
-    monkeypatch.setattr(datasets, "class_pixels", no_reading)
+    monkeypatch.setattr(sampling, "class_pixels", no_reading)
     again = Sampler(open_dataset("gtav", "train", root=gta), rcs=True, min_pixels=4)
     assert torch.equal(again.probabilities, sampler.probabilities) and [again.draw(k, 0)
         for k in range(50)] == [sampler.draw(k, 0) for k in range(50)]
@@ -421,7 +421,7 @@ def test_statistics_of_other_converters_are_used(gta, monkeypatch, name):
     (gta / STATISTICS[0]).write_text(
         json.dumps([row | {"file": name.format(k)} for k, row in reversed(list(enumerate(counts)))]
         + [{"3": 9, "file": "data/gta/labels/00077_labelTrainIds.png"}]))
-    monkeypatch.setattr(datasets, "class_pixels", no_reading)
+    monkeypatch.setattr(sampling, "class_pixels", no_reading)
     found = class_statistics(open_dataset("gtav", "train", root=gta))
     assert found[:, 0].tolist() == [40, 32, 24] and found[:, 12].tolist() == [0, 8, 16] and found.sum() == 120
 
@@ -448,8 +448,8 @@ def test_statistics_elsewhere(gta, tmp_path, monkeypatch):
     ds = open_dataset("gtav", "train", root=gta, statistics=elsewhere)
     counts = class_statistics(ds)
     assert (elsewhere / STATISTICS[2]).is_file() and not (gta / STATISTICS[0]).exists()
-    monkeypatch.setattr(datasets.os, "access", lambda *a: False)
-    monkeypatch.setattr(datasets, "class_pixels", no_reading)
+    monkeypatch.setattr(sampling.os, "access", lambda *a: False)
+    monkeypatch.setattr(sampling, "class_pixels", no_reading)
     with pytest.raises(PermissionError) as e:
         class_statistics(open_dataset("gtav", "train", root=gta))
     assert str(gta) in one_line(e) and "statistics=" in one_line(e)
