@@ -9,20 +9,13 @@ __all__ = ['house', 'wall', 'fence', 'hedge', 'tree', 'lamp_post', 'traffic_ligh
 # %% ../../nbs/11_scene_things.ipynb #a9350ac5
 import numpy as np
 
-from .scene_canvas import Canvas, Draws, shade
+from .scene_canvas import TYRE, Canvas, Draws, shade
 
 # %% ../../nbs/11_scene_things.ipynb #1f921be5
 _FACADES = ((214, 196, 160), (178, 104, 82), (160, 160, 164), (206, 168, 104), (196, 150, 140), (150, 166, 180),
             (226, 220, 206), (134, 92, 74), (186, 182, 150))
 _ROOFS = ((142, 70, 54), (96, 62, 52), (84, 86, 94), (120, 84, 60))
 _WARM = (255, 214, 130)
-
-
-def _panes(c, x, z, y, wide, tall):
-    "Pixel corners of upright rectangles along the street, one for each foot (z, y)."
-    depths = np.maximum(np.reshape(z, (-1, 1)) + wide * np.array([0, 1, 1, 0]), 1.0)
-    u, v = c.camera.at(x, np.reshape(y, (-1, 1)) + tall * np.array([0, 0, 1, 1]), depths)
-    return list(c.points(np.stack([u, v], 2)))
 
 
 def house(c: Canvas, r: Draws, x: float, z0: float, z1: float, height: float) -> None:
@@ -56,7 +49,7 @@ def _windows(c, r, thing, x, z0, z1, height, side):
         c.light(thing, c.side(x, z0 + 0.4, z1 - 0.4, 0.5, 2.4), shade(_WARM, 0.7))
         ya = ya[1:] + 0.2
     if len(ya):
-        panes = _panes(c, x, *np.meshgrid(za, ya), wide, tall)
+        panes = c.panes(x, *np.meshgrid(za, ya), wide, tall)
         c.cv2.fillPoly(c.image, panes, glass, shift=3)
         for pane, u in zip(panes, np.modf(np.arange(1, len(panes) + 1) * 0.618 + bay)[0].tolist()) if c.dark else ():
             if u < 0.3:  # somebody is at home
@@ -88,7 +81,7 @@ def fence(c: Canvas, r: Draws, x: float, z0: float, z1: float) -> None:
     c.cv2.fillPoly(c.ids, [c.points(c.side(x, z0, z1, 0, height))], thing, shift=3)
     for y in (0.25, height * 0.55, height - 0.1):
         c.quad(0, x, z0, z1, y, y + 0.12, shade(colour, 0.9))
-    posts = _panes(c, x, np.arange(z0, z1 - 0.2, 0.5 if z0 < 12 else 1.0), 0, 0.18, height)
+    posts = c.panes(x, np.arange(z0, z1 - 0.2, 0.5 if z0 < 12 else 1.0), 0, 0.18, height)
     c.cv2.fillPoly(c.image, posts, colour, shift=3)
 
 
@@ -101,31 +94,24 @@ def hedge(c: Canvas, r: Draws, x: float, z0: float, z1: float) -> None:
         s.disc(r(-0.2, 0.2), height * 0.8, 0.8, height * 0.35, shade(r.near(base, 8), r(0.8, 1.15)))
 
 
-def _crown(s, r, x, y, rx, ry, base, count):
-    "A crown: a dark body with lighter clumps toward the light."
-    s.disc(x, y, rx, ry, shade(base, 0.75))
-    for _ in range(count):
-        a, b = r(-0.75, 0.75), r(-0.7, 0.8)
-        s.disc(x + a * rx, y + b * ry, rx * r(0.3, 0.5), ry * r(0.25, 0.45), shade(r.near(base, 8), 0.9 + 0.28 * b))
-
-
 def tree(c: Canvas, r: Draws, x: float, z: float, tall: float | None = None) -> None:
-    "A tree; trunk and crown are vegetation."
+    "A conifer or a crown: a dark body with lighter clumps toward the light."
     s, base = c.stand("vegetation", x, z), r.near(r.pick(_LEAVES), 12)
     tall = tall or r(4.5, 9.0)
-    if r.chance(0.2):  # a conifer
+    if r.chance(0.2):
         for i in range(4):
             w, y = tall * 0.2 * (1 - i * 0.2), tall * (0.12 + 0.2 * i)
             s.poly(((-w, y), (w, y), (0, y + tall * 0.32)), shade(base, 0.7 + 0.1 * i))
         s.box(-0.15, 0, 0.15, tall * 0.14, (74, 56, 42))
         return
     s.box(-0.16, 0, 0.16, tall * 0.5, r.near((84, 66, 50), 10))
-    _crown(s, r, 0, tall * 0.66, tall * r(0.24, 0.34), tall * 0.33, base, 7 if z < 14 else 3)
+    y, rx, ry = tall * 0.66, tall * r(0.24, 0.34), tall * 0.33
+    s.disc(0, y, rx, ry, shade(base, 0.75))
+    for _ in range(7 if z < 14 else 3):
+        a, b = r(-0.75, 0.75), r(-0.7, 0.8)
+        s.disc(a * rx, y + b * ry, rx * r(0.3, 0.5), ry * r(0.25, 0.45), shade(r.near(base, 8), 0.9 + 0.28 * b))
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d28
-_SIGNALS = (60, 240, 120), (255, 190, 40), (255, 60, 50)
-
-
 def lamp_post(c: Canvas, r: Draws, x: float, z: float, toward: int) -> None:
     "A street lamp whose arm reaches over the road."
     s, colour = c.stand("pole", x, z), r.near(r.pick(((150, 152, 156), (96, 100, 104), (120, 124, 122))), 10)
@@ -144,9 +130,10 @@ def traffic_light(c: Canvas, r: Draws, x: float, z: float) -> None:
     s, on = c.stand("traffic light", x, z), r.count(0, 2)
     s.box(-0.31, top - 0.15, 0.31, top + 1.35, r.near((200, 180, 40), 14) if r.chance(0.25) else (28, 32, 34))
     s.box(-0.24, top - 0.08, 0.24, top + 1.28, (24, 26, 28))
+    lit = (60, 240, 120), (255, 190, 40), (255, 60, 50)
     for i, dim in enumerate(((24, 62, 40), (70, 54, 24), (78, 24, 24))):
-        s.disc(0, top + 0.2 + 0.4 * i, 0.17, 0.17, _SIGNALS[i] if i == on else dim, True)
-    s.glow(0, top + 0.2 + 0.4 * on, 0.17, _SIGNALS[on], halo=0.9)
+        s.disc(0, top + 0.2 + 0.4 * i, 0.17, 0.17, lit[i] if i == on else dim, True)
+    s.glow(0, top + 0.2 + 0.4 * on, 0.17, lit[on], halo=0.9)
 
 
 def sign(c: Canvas, r: Draws, x: float, z: float) -> None:
@@ -177,18 +164,7 @@ def sign(c: Canvas, r: Draws, x: float, z: float) -> None:
 # %% ../../nbs/11_scene_things.ipynb #fb73abfa
 _PAINTS = ((186, 30, 34), (28, 60, 140), (232, 232, 234), (36, 38, 42), (150, 154, 160), (90, 96, 104), (40, 96, 70),
            (214, 166, 50), (96, 40, 46), (120, 150, 180))
-_GLASS, _TYRE = (52, 62, 74), (26, 26, 28)
-
-
-def _shadow(c, x, z0, z1, half):
-    "The dark patch under a thing; it stays road in the labels."
-    at = c.camera.at
-    (u, va), (_, vb) = at(x, 0, z0), at(x, 0, z1)
-    centre = round(u), round((va + vb) / 2)
-    axes = max(1, round(half * c.camera.focal / z0)), max(1, round((va - vb) / 2) + 1)
-    row = min(max(centre[1], 0), c.height - 1)
-    under = c.image[row, min(max(centre[0], 0), c.width - 1)].tolist()
-    c.cv2.ellipse(c.image, centre, axes, 0, 0, 360, shade(under, 0.55), -1)
+_GLASS = (52, 62, 74)
 
 
 def _flank(x, half):
@@ -196,33 +172,11 @@ def _flank(x, half):
     return None if abs(x) < half else x - half * (1 if x > 0 else -1)
 
 
-def _wheel(c, x, z, radius):
-    "A wheel on a flank along the street."
-    u, v = c.camera.at(x, radius, z)
-    ua, ub = c.camera.at(x, 0, z - radius)[0], c.camera.at(x, 0, z + radius)[0]
-    axes = max(1, round(abs(ua - ub) / 2)), max(1, round(radius * c.camera.focal / z))
-    c.cv2.ellipse(c.image, (round(u), round(v)), axes, 0, 0, 360, _TYRE, -1)
-
-
-def _tyres(s, half, wide, high):
-    "The wheels below a face."
-    s.box(-half, 0, -half + wide, high, _TYRE)
-    s.box(half - wide, 0, half, high, _TYRE)
-
-
-def _lamps(s, half, y, oncoming):
-    "Head or tail lights at both ends of a face."
-    colour = (255, 250, 224) if oncoming else (210, 30, 30)
-    for x in (-half, half):
-        s.box(x - 0.14, y - 0.1, x + 0.14, y + 0.1, (240, 240, 226) if oncoming else (170, 26, 30), True)
-        s.glow(x, y, 0.15, colour if oncoming else (255, 40, 40), halo=1.6 if oncoming else 0.7)
-
-# %% ../../nbs/11_scene_things.ipynb #5a1c0d2a
 def car(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> None:
     "A car along the street, about 1.8 m wide."
     half, long, colour = r(0.85, 0.95), r(3.6, 4.4), r.near(r.pick(_PAINTS), 16)
     belt, roof = r(0.85, 1.0), r(1.38, 1.75)
-    _shadow(c, x, z - 0.3, z + 1.0, half * 1.15)
+    c.shadow(x, z - 0.3, z + 1.0, half * 1.15)
     s, xs, at = c.stand("car", x, z), _flank(x, half), c.camera.at
     if xs is not None:
         dark = shade(colour, 0.72)
@@ -233,17 +187,16 @@ def car(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> None
         sill, top = belt + .05, roof - .1
         window = at(xi, sill, z + .4), at(xi, sill, z + long * .66), at(xi, top, z + long * .56), at(xi, top, z + .5)
         c.fill(0, window, _GLASS)
-        c.quad(s.thing, xs, z + .5, z + long - .5, 0, .3, _TYRE)
-        _wheel(c, xs, z + 0.75, 0.33)
-        _wheel(c, xs, z + long - 0.75, 0.33)
-    _tyres(s, half, 0.24, 0.4)
+        c.quad(s.thing, xs, z + .5, z + long - .5, 0, .3, TYRE)
+        c.wheels(xs, 0.33, z + 0.75, z + long - 0.75)
+    s.tyres(half, 0.24, 0.4)
     s.box(-half, 0.2, half, belt, colour)
     s.poly(((-half * .96, belt), (half * .96, belt), (half * .78, roof), (-half * .78, roof)), shade(colour, 0.92))
     s.poly(((-half * .84, belt + .04), (half * .84, belt + .04), (half * .7, roof - .12), (-half * .7, roof - .12)),
         shade(_GLASS, 1.2 if oncoming else 0.9), True)
     s.box(-half, 0.2, half, 0.38, shade(colour, 0.6), True)
     s.box(-0.28, 0.42, 0.28, 0.56, (226, 226, 220), True)
-    _lamps(s, half - 0.18, belt - 0.2, oncoming)
+    s.headlights(half - 0.18, belt - 0.2, oncoming)
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d2d
 def truck(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> None:
@@ -251,10 +204,9 @@ def truck(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
     half, long, tall = 1.25, r(6.5, 9.0), r(3.1, 3.8)
     cargo = r.near(r.pick(((222, 222, 218), (176, 182, 188), (90, 112, 150), (196, 172, 130), (126, 146, 120))), 12)
     cab = r.near(r.pick(((200, 60, 40), (40, 80, 160), (236, 200, 60), (60, 130, 90), (230, 230, 230))), 12)
-    _shadow(c, x, z - 0.3, z + 1.0, half * 1.1)
+    c.shadow(x, z - 0.3, z + 1.0, half * 1.1)
     s, xs = c.stand("truck", x, z), _flank(x, half)
-    start = z + 2.2 if oncoming else z  # where the box begins
-    stop = z + long if oncoming else z + long - 2.2
+    start, stop = (z + 2.2, z + long) if oncoming else (z, z + long - 2.2)  # of the box
     if xs is not None:
         c.quad(s.thing, xs, start, stop, 0.2, 1.0, (44, 44, 48))
         c.quad(s.thing, xs, start, stop, 0.95, tall, shade(cargo, 0.8))
@@ -263,9 +215,8 @@ def truck(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
         za, zb = (z, z + 1.9) if oncoming else (stop + 0.3, stop + 2.2)
         c.quad(s.thing, xs, za, zb, 0.3, 2.7, shade(cab, 0.75))
         c.quad(0, xs, za + .3, zb - .5, 1.6, 2.4, _GLASS)
-        for zz in (z + 1.0, z + long * 0.55, z + long - 1.0):
-            _wheel(c, xs, zz, 0.5)
-    _tyres(s, half, 0.45, 0.8)
+        c.wheels(xs, 0.5, z + 1.0, z + long * 0.55, z + long - 1.0)
+    s.tyres(half, 0.45, 0.8)
     if oncoming:
         s.box(-half, 0.8, half, tall, shade(cargo, 0.9))
         s.box(-half, 0.35, half, 2.75, cab)
@@ -278,14 +229,14 @@ def truck(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
         s.box(-half * .55, 0.95, -half * .45, tall - .2, shade(cargo, 0.7), True)
         s.box(half * .45, 0.95, half * .55, tall - .2, shade(cargo, 0.7), True)
         s.box(-half, 0.45, half, 0.75, (60, 58, 56), True)
-    _lamps(s, half - 0.22, 0.62, oncoming)
+    s.headlights(half - 0.22, 0.62, oncoming)
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d2e
 def bus(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> None:
     "A bus: one strong colour, tall windows all around, a lit number on top."
     half, long, tall = 1.27, r(9.0, 12.0), r(2.95, 3.2)
     colour = r.near(r.pick(((222, 60, 40), (240, 180, 30), (240, 130, 30), (200, 30, 60), (120, 190, 60))), 14)
-    _shadow(c, x, z - 0.3, z + 1.0, half * 1.1)
+    c.shadow(x, z - 0.3, z + 1.0, half * 1.1)
     s, xs = c.stand("bus", x, z), _flank(x, half)
     if xs is not None:
         c.quad(s.thing, xs, z, z + long, 0.15, tall, shade(colour, 0.8))
@@ -293,16 +244,15 @@ def bus(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> None
         for zz in np.linspace(z, z + long, 7)[1:-1]:
             c.quad(0, xs, zz, zz + 0.15, 1.2, tall - 0.5, shade(colour, 0.7))
         c.light(s.thing, c.side(xs, z + .4, z + long - .4, 1.3, tall - .6), (190, 180, 140))
-        _wheel(c, xs, z + 2.2, 0.5)
-        _wheel(c, xs, z + long - 2.4, 0.5)
-    _tyres(s, half, 0.35, 0.5)
+        c.wheels(xs, 0.5, z + 2.2, z + long - 2.4)
+    s.tyres(half, 0.35, 0.5)
     s.box(-half, 0.25, half, tall, colour)
     s.box(-half * .9, 1.15, half * .9, tall - 0.55, _GLASS, True)
     s.box(-half * .6, tall - 0.45, half * .6, tall - 0.12, (24, 22, 20), True)
     s.box(-half * .45, tall - 0.36, half * .45, tall - 0.2, (255, 176, 40), True)
     s.glow(0, tall - 0.28, 0.14, (255, 176, 40))
     s.box(-half, 0.25, half, 0.5, shade(colour, 0.6), True)
-    _lamps(s, half - 0.22, 0.75, oncoming)
+    s.headlights(half - 0.22, 0.75, oncoming)
 
 
 def train(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> None:
@@ -314,7 +264,7 @@ def train(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
     if xs is not None:
         c.quad(s.thing, xs, z, z + long, 0.1, 1.2, shade(low, 0.85))
         c.quad(s.thing, xs, z, z + long, 1.2, tall, shade(high, 0.85))
-        windows = _panes(c, xs, np.arange(z + 1.2, z + long - 1.5, 2.1), 1.45, 1.5, 1.15)
+        windows = c.panes(xs, np.arange(z + 1.2, z + long - 1.5, 2.1), 1.45, 1.5, 1.15)
         c.cv2.fillPoly(c.image, windows, _GLASS, shift=3)
         c.lights.extend((s.thing, window, (230, 214, 160)) for window in windows)
         c.quad(0, xs, z, z + long, 1.18, 1.36, (220, 180, 50))
@@ -326,13 +276,13 @@ def train(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
     s.poly(((-half * .85, 1.45), (half * .85, 1.45), (half * .72, 2.7), (-half * .72, 2.7)), _GLASS, True)
     s.disc(0, tall - .32, 0.18, 0.18, (255, 250, 220), True)
     s.glow(0, tall - .32, 0.2, (255, 250, 220), halo=1.4)
-    _lamps(s, half - 0.3, 0.7, oncoming)
+    s.headlights(half - 0.3, 0.7, oncoming)
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d31
 def crossing_car(c: Canvas, r: Draws, x: float, z: float) -> None:
     "A car that we see from the side."
     colour, flip, long = r.near(r.pick(_PAINTS), 16), r.pick((-1, 1)), r(3.9, 4.6)
-    _shadow(c, x, z - 0.3, z + 1.5, long / 2)
+    c.shadow(x, z - 0.3, z + 1.5, long / 2)
     s, h = c.stand("car", x, z), long / 2
     body = (-1, .28), (1, .28), (1, .7), (.62, .86), (.3, 1.42), (-.5, 1.45), (-.82, .92), (-1, .86)
     front = (.5, .9), (.26, 1.34), (-.06, 1.36), (-.06, .9)
@@ -340,7 +290,7 @@ def crossing_car(c: Canvas, r: Draws, x: float, z: float) -> None:
     for outline, paint in ((body, colour), (front, _GLASS), (back, _GLASS)):
         s.poly([(flip * a * h, b) for a, b in outline], paint, outline is not body)
     for a in (-0.6, 0.62):
-        s.disc(flip * a * h, 0.34, 0.34, 0.34, _TYRE)
+        s.disc(flip * a * h, 0.34, 0.34, 0.34, TYRE)
         s.disc(flip * a * h, 0.34, 0.16, 0.16, (150, 150, 154), True)
     s.glow(flip * h * .97, 0.68, 0.12, (255, 250, 224), halo=1.0)
     s.glow(-flip * h * .97, 0.74, 0.12, (255, 40, 40))
@@ -349,7 +299,7 @@ def crossing_car(c: Canvas, r: Draws, x: float, z: float) -> None:
 def crossing_box(c: Canvas, r: Draws, x: float, z: float, name: str) -> None:
     "A bus, truck or tram that we see from the side."
     h, flip = {"truck": 3.6, "bus": 5.0, "train": 9.0}[name], r.pick((-1, 1))
-    _shadow(c, x, z - 0.3, z + 2.0, h)
+    c.shadow(x, z - 0.3, z + 2.0, h)
     s = c.stand(name, x, z)
     if name == "truck":
         cargo = r.near((214, 212, 206), 20)
@@ -380,7 +330,7 @@ def crossing_box(c: Canvas, r: Draws, x: float, z: float, name: str) -> None:
             s.glow(a + .75, 2.05, 0.5, (230, 214, 160))
         wheels = ()
     for a in wheels:
-        s.disc(a * h, 0.5, 0.5, 0.5, _TYRE)
+        s.disc(a * h, 0.5, 0.5, 0.5, TYRE)
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d34
 _CLOTHES = ((180, 50, 50), (40, 70, 140), (230, 226, 220), (50, 52, 60), (210, 160, 60), (70, 120, 80), (150, 80, 140),
@@ -413,15 +363,27 @@ def _body(s, r, lean=0.0, seat=None, helmet=None):
 
 def person(c: Canvas, r: Draws, x: float, z: float) -> None:
     "Somebody on foot."
-    _shadow(c, x, z - 0.1, z + 0.2, 0.35)
+    c.shadow(x, z - 0.1, z + 0.2, 0.35)
     _body(c.stand("person", x, z)._replace(scale=c.camera.focal / z * r(0.92, 1.08)), r)
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d35
-def _bike_across(s, motor, colour, flip):
-    "A motorcycle or bicycle seen from the side."
+def _bike(s, motor, colour, flip, across):
+    "A motorcycle or bicycle, from the side or from the front."
     radius, reach, hub, rim = (0.34, 0.68, .5, (130, 130, 134)) if motor else (0.36, 0.56, .74, (150, 146, 140))
+    if not across:
+        wide = 0.16 if motor else 0.09
+        s.box(-wide, 0, wide, radius * 2.1, TYRE)
+        s.box(-0.3, 0.98, 0.3, 1.06, (50, 50, 54))
+        if motor:
+            s.poly(((-.26, .4), (.26, .4), (.22, 1.0), (-.22, 1.0)), colour)
+            s.disc(0, 0.92, 0.11, 0.11, (250, 246, 220), True)
+        else:
+            s.line(0, 0.5, 0, 1.0, 0.09, colour)
+            s.box(-0.1, 0.92, 0.1, 1.0, (40, 40, 44))
+        s.glow(0, 0.85, 0.1, (255, 60, 50), halo=0.5)
+        return
     for a in (-reach, reach):
-        s.disc(a, radius, radius, radius, _TYRE)
+        s.disc(a, radius, radius, radius, TYRE)
         s.disc(a, radius, radius * hub, radius * hub, rim, True)
     if motor:
         body = (-.62, .72), (-.5, .9), (0, .82), (.3, 1.0), (.62, .9), (.45, .4), (-.35, .32)
@@ -436,34 +398,17 @@ def _bike_across(s, motor, colour, flip):
     s.line(-flip * .26, .96, -flip * .04, .96, 0.08, (40, 40, 44))
 
 
-def _bike_ahead(s, motor, colour):
-    "A motorcycle or bicycle seen from the front or the back."
-    wide, high = (0.16, 0.34 * 2.1) if motor else (0.09, 0.36 * 2.1)
-    s.box(-wide, 0, wide, high, _TYRE)
-    s.box(-0.3, 0.98, 0.3, 1.06, (50, 50, 54))
-    if motor:
-        s.poly(((-.26, .4), (.26, .4), (.22, 1.0), (-.22, 1.0)), colour)
-        s.disc(0, 0.92, 0.11, 0.11, (250, 246, 220), True)
-    else:
-        s.line(0, 0.5, 0, 1.0, 0.09, colour)
-        s.box(-0.1, 0.92, 0.1, 1.0, (40, 40, 44))
-    s.glow(0, 0.85, 0.1, (255, 60, 50), halo=0.5)
-
-
 def two_wheeler(c: Canvas, r: Draws, x: float, z: float, name: str, ridden: bool, across: bool) -> None:
     "A bicycle or motorcycle, with its rider as a second thing; across: seen from the side."
     motor = name == "motorcycle"
     colour = r.near(r.pick(((200, 40, 40), (40, 90, 180), (40, 40, 44), (230, 170, 40), (60, 150, 90))), 12)
     flip = r.pick((-1, 1))
-    _shadow(c, x, z - 0.15, z + 0.25, 0.8 if across else 0.3)
+    c.shadow(x, z - 0.15, z + 0.25, 0.8 if across else 0.3)
     s = c.stand(name, x, z)
     rider = c.stand("rider", x, z) if ridden else None
     helmet = r.near(r.pick(((220, 60, 50), (240, 240, 236), (50, 90, 170), (40, 40, 44), (240, 200, 40))), 10)
     seat = 0.85 if motor else 0.98
-    if across:
-        _bike_across(s, motor, colour, flip)
-    else:
-        _bike_ahead(s, motor, colour)
+    _bike(s, motor, colour, flip, across)
     if not rider: return
     shirt, trousers = _body(rider, r, lean=flip * 0.16 * across, seat=seat, helmet=helmet)
     if across:
