@@ -232,5 +232,5 @@ def sheet(*rows: Sequence[np.ndarray]):
     "Pictures of one size, (H, W, 3) uint8, in a grid: a JPEG that a notebook shows."
     import cv2
     from IPython.display import Image
-    grid = np.vstack([np.hstack(row) for row in rows])
+    grid = np.vstack([np.hstack(list(row)) for row in rows])
     return Image(cv2.imencode(".jpg", grid[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes())

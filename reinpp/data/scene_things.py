@@ -341,8 +341,7 @@ _SKIN = ((232, 190, 160), (200, 150, 116), (140, 96, 70), (98, 66, 50))
 def _body(s, r, lean=0.0, seat=None, helmet=None):
     "Head, trunk, arms and legs; seated on a saddle at `seat` metres, or walking."
     shirt = r.near(r.pick(_CLOTHES), 16)
-    trousers = r.near(r.pick(((46, 52, 80), (40, 40, 44), (110, 96, 76), (80, 84, 92))), 10)
-    skin = r.pick(_SKIN)
+    trousers, skin = r.near(r.pick(((46, 52, 80), (40, 40, 44), (110, 96, 76), (80, 84, 92))), 10), r.pick(_SKIN)
     if seat is None:
         step, hip, neck = r(0.05, 0.3), 0.86, 1.46
         s.line(-0.02, hip, -step, 0.06, 0.19, trousers)
