@@ -85,18 +85,18 @@ def test_seeds_of_files():
 
 def test_refusals(source, tmp_path, monkeypatch):
     image = np.zeros((32, 32, 3), np.uint8)
-    for call, words in ((lambda: corrupt(image, "mist", 1), "no corruption 'mist'; there are motion_blur"),
+    for call, words in ((lambda: corrupt(image, "mist", 1), "corruption='mist' is unknown: use one of motion_blur"),
             (lambda: corrupt(image, "fog", 6), "severity=6"),
                         (lambda: corrupt(image[:16], "fog", 1), "sides of at least 32"),
                         (lambda: corrupt(image.astype(float), "fog", 1), "float64"),
                         (lambda: make_cityscapes_c(source, tmp_path / "c", ("mist",)), "'mist'"),
-                        (lambda: make_cityscapes_c(source, tmp_path / "c", severities=(0,)), "severity 0")):
+                        (lambda: make_cityscapes_c(source, tmp_path / "c", severities=(0,)), "severity=0")):
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(FileNotFoundError, match="leftImg8bit_trainvaltest.zip"):
         make_cityscapes_c(tmp_path / "nowhere", tmp_path / "c")
     assert not (tmp_path / "c").exists()
-    monkeypatch.setattr(cityscapes_c, "_package", None)
+    cityscapes_c._corruptions.cache_clear()
     monkeypatch.setattr(cityscapes_c.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install"):
         corrupt(image, "fog", 1)
@@ -134,7 +134,8 @@ def test_made_resumed_and_checked(source, tmp_path):
 def test_processes_make_the_same(source, tmp_path, capsys):
     one = make_cityscapes_c(source, tmp_path / "one", FAST, (2,), workers=1)
     line = capsys.readouterr().out
-    assert "3 corruptions x 1 severities x 2 images = 6 files, 6 to make; with 1 process about" in line and "images/s" in line and "GB free" in line
+    assert "3 corruptions x 1 severities x 2 images = 6 files, 6 to make; with 1 process about" in line
+    assert "images/s" in line and "GB free" in line
     two = make_cityscapes_c(source, tmp_path / "two", FAST, (2,), workers=2)
     assert one["made"] == two["made"] == 6 and read_manifest(tmp_path / "one") == read_manifest(tmp_path / "two")
 

@@ -1,4 +1,4 @@
-"Every set on disk, in small: the layout that people have, its own ids, converted labels, archives, and each bad input that a reader must name."
+"Every set on disk, in small: people's layouts, own ids, converted labels, archives, and each bad input to be named."
 import os
 import re
 import shutil
@@ -18,10 +18,10 @@ from reinpp.data.datasets import concat
 from reinpp.files import BadFile, Member
 
 IGNORE = 255
-CITYSCAPES = dict(map(int, pair.split(
-    ":")) for pair in "7:0 8:1 11:2 12:3 13:4 17:5 19:6 20:7 21:8 22:9 23:10 24:11 25:12 26:13 27:14 28:15 31:16 32:17 33:18".split())
-SYNTHIA = dict(map(int, pair.split(":"))
-    for pair in "3:0 4:1 2:2 21:3 5:4 7:5 15:6 9:7 6:8 16:9 1:10 10:11 17:12 8:13 18:14 19:15 20:16 12:17 11:18".split())
+CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
+              27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14,
+           19: 15, 20: 16, 12: 17, 11: 18}
 MAPILLARY = {i: t for t, ids in enumerate(
     ("7 8 10 13 14 23 24", "2 9 11 15", "17", "6", "3", "44 45 47", "48", "46 49 50", "30", "29", "27", "19",
     "20 21 22", "55", "61", "54", "58", "57", "52")) for i in map(int, ids.split())}
@@ -31,6 +31,8 @@ H, W = 8, 10
 
 def picture(seed=0, h=H, w=W):
     return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
 def one_line(error):
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -138,8 +140,8 @@ def test_layout(name, split, tmp_path):
 @pytest.mark.parametrize("name, split", [key for key, value in SETS.items() if value[2]])
 def test_without_labels_the_label_folder_is_not_needed(name, split, tmp_path):
     folder, _ = build(tmp_path, name, split)
-    shutil.rmtree(folder / SETS[name, split][2].partition("/")[0]) if name not in ("mapillary",
-        ) else shutil.rmtree(folder / SETS[name, split][2].partition("/")[0] / "v1.2")
+    labels = folder / SETS[name, split][2].partition("/")[0]
+    shutil.rmtree(labels / "v1.2" if name == "mapillary" else labels)
     assert all(label is None for _, label, _ in open_dataset(name, split, root=tmp_path, labels=False))
     with pytest.raises(FileNotFoundError, match="labels=False"):
         open_dataset(name, split, root=tmp_path)
@@ -235,8 +237,8 @@ def test_cityscapes_c(where, tmp_path):
         shutil.rmtree(folder)
     for root in (tmp_path, tmp_path / "cityscapes_c"):
         ds = open_dataset("cityscapes_c", "fog/5", root=root)
-        assert np.array_equal(ds[1][0].permute(1, 2, 0).numpy(), picture(51)) and np.array_equal(ds[1][1].numpy(),
-            expected[1])
+        assert np.array_equal(ds[1][0].permute(1, 2, 0).numpy(), picture(51))
+        assert np.array_equal(ds[1][1].numpy(), expected[1])
     with pytest.raises(ValueError) as e:
         open_dataset("cityscapes_c", "fog/2", root=tmp_path)
     assert "fog/3, fog/5, gaussian_noise/1" in one_line(e)
@@ -250,8 +252,8 @@ def test_mapping_of_a_whole_byte():
     for name, ids, highest in (("gtav", CITYSCAPES, 34), ("cityscapes", CITYSCAPES, 33), ("synthia", SYNTHIA, 22),
             ("mapillary", MAPILLARY, 65), ("acdc", CITYSCAPES, 33)):
         form = DATASETS[name].forms[-1]
-        assert form.table.tolist() == [ids.get(i, IGNORE) for i in range(256)] and form.known.tolist() == [i <= highest
-            for i in range(256)]
+        assert form.table.tolist() == [ids.get(i, IGNORE) for i in range(256)]
+        assert form.known.tolist() == [i <= highest for i in range(256)]
 
 
 # ---------------------------------------------------------------- what is missing, or another dataset's
@@ -263,8 +265,8 @@ def test_a_missing_set_says_where_it_goes_and_where_it_is_had(name, tmp_path):
         with pytest.raises(FileNotFoundError) as e:
             open_dataset(name, "train", root=root)
         said = one_line(e)
-        assert str(root / DATASETS[name].folders[0]) in said and ("http" in said
-            or "README" in said) and "data_root" in said
+        assert str(root / DATASETS[name].folders[0]) in said and "data_root" in said
+        assert "http" in said or "README" in said
 
 
 @pytest.mark.parametrize(
@@ -352,8 +354,8 @@ def test_odd_images_that_are_read(tmp_path):
     paletted.save(ds.reader.image_paths[1])
     Image.fromarray(np.dstack([picture(2), grey])).save(ds.reader.image_paths[2])
     assert all(np.array_equal(ds[0][0][c].numpy(), grey) for c in range(3))
-    assert np.array_equal(ds[1][0].permute(1, 2, 0).numpy(),
-        np.asarray(paletted.convert("RGB"))) and np.array_equal(ds[2][0].permute(1, 2, 0).numpy(), picture(2))
+    assert np.array_equal(ds[1][0].permute(1, 2, 0).numpy(), np.asarray(paletted.convert("RGB")))
+    assert np.array_equal(ds[2][0].permute(1, 2, 0).numpy(), picture(2))
 
 
 def test_rotation_is_refused_applied_or_ignored_but_never_silent(tmp_path):
@@ -400,8 +402,8 @@ def test_gtav_leaves_out_pairs_of_different_size(tmp_path, recwarn):
     folder, expected = build(tmp_path, "gtav", "train", 4)
     save(picture(1, H, W + 1), folder / "images/00001.png")
     ds = open_dataset("gtav", "train", root=tmp_path)
-    assert [name for *_, name in ds] == ["00000", "00002", "00002",
-        "00003"] and ds.skipped == ["00001"] and len(ds) == 4
+    assert [name for *_, name in ds] == ["00000", "00002", "00002", "00003"]
+    assert ds.skipped == ["00001"] and len(ds) == 4
     assert sum("00001" in str(w.message) for w in recwarn.list) == 1
     with pytest.raises(BadFile):
         open_dataset("gtav", "train", root=tmp_path, on_error="stop")[1]
@@ -428,8 +430,8 @@ def test_what_is_left_out_is_known_to_all_processes(tmp_path):
         save(picture(k, H, W + 1), folder / f"images/0000{k}.png")
     ds = open_dataset("gtav", "train", root=tmp_path)
     names = [name for *_, name in DataLoader(ds, batch_size=None, num_workers=2, collate_fn=lambda x: x)]
-    assert names == [f"0000{k}" for k in (0, 2, 2, 3, 4, 5, 7, 7)] and ds.skipped == ["00001",
-        "00006"] and ds.actual(6) == 7
+    assert names == [f"0000{k}" for k in (0, 2, 2, 3, 4, 5, 7, 7)]
+    assert ds.skipped == ["00001", "00006"] and ds.actual(6) == 7
     both = concat([open_dataset("gtav", "train", root=tmp_path), open_dataset("gtav", "train", root=tmp_path)])
     assert [name for *_, name in both] == names * 2 and len(both.skipped) == 4
 

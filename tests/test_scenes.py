@@ -89,9 +89,9 @@ def test_weather_and_style_change_the_look_and_nothing_else():
 
 
 def test_bad_arguments_say_what_is_wrong():
-    with pytest.raises(ValueError, match="unknown weather 'hail'; choose one of day"):
+    with pytest.raises(ValueError, match="weather='hail' is unknown: use one of day"):
         draw_scene(0, "hail")
-    with pytest.raises(ValueError, match="unknown style"):
+    with pytest.raises(ValueError, match="style='oil' is unknown"):
         draw_scene(0, style="oil")
     for seed, size in ((-1, (128, 256)), (0, (8, 8))):
         with pytest.raises(ValueError, match="seeds start at 0"):

@@ -13,257 +13,259 @@ import os
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .catalog import DATASETS, OnDisk
 from .datasets import POLICIES, Concat, Dataset, Files, read_image, read_label
-from ..files import BadFile, Member, Progress, data_folder, each, list_files, read_bytes, write_atomically
+from reinpp.files import (
+    BadFile,
+    Member,
+    Progress,
+    check_choice,
+    data_folder,
+    each,
+    list_files,
+    read_bytes,
+    write_atomically,
+)
 
 # %% ../../nbs/18_check.ipynb #13c4a9ea
+def _hash(data, size):
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
 def look(
-    image,  # path (or `Member`) of an image
-    label=None,  # of its label
+    image: Path | Member,
+    label: Path | Member | None = None,
     form=None,  # the label's `LabelForm`
     rotation: str = "refuse",  # as for `open_dataset`
 ) -> dict:
-    "`size` [width, height] or None, `digest` of the image file, and `problems` [[kind, file, what], ...] of one pair."
-    problems, pictures, digest = [], {}, None
+    "`size` (width, height) or None, `digest` of the image file, and `problems` [[kind, file, what], ...] of one pair."
+    problems, sizes, digest = [], {}, None
     try:
-        digest = hashlib.blake2b(read_bytes(image), digest_size=12).hexdigest()
+        digest = _hash(read_bytes(image), 12)
     except (OSError, zipfile.BadZipFile):
         pass  # reading it as an image says so below
-    for kind, path, read in (("image", image, partial(read_image, rotation=rotation)),
-            ("label", label, partial(read_label, form=form))):
-        if path is None: continue
+    readers = (image, partial(read_image, rotation=rotation)), (label, partial(read_label, form=form))
+    for path, read in readers[:1 if label is None else 2]:
         try:
-            pictures[kind] = read(path).shape[1::-1]
+            sizes[path] = read(path).shape[1::-1]
         except BadFile as error:
             problems.append([error.kind, str(path), str(error).removeprefix(f"{path}: ")])
-    if len(set(pictures.values())) == 2:
-        problems.append(["other size", str(label), "the label is {}x{} and the image {}x{} pixels".format(
-            *pictures["label"], *pictures["image"])])
-    return dict(size=pictures.get("image"), digest=digest, problems=problems)
+    if len(set(sizes.values())) == 2:
+        text = "the label is {}x{} and the image {}x{} pixels".format(*sizes[label], *sizes[image])
+        problems.append(["other size", str(label), text])
+    return dict(size=sizes.get(image), digest=digest, problems=problems)
 
 # %% ../../nbs/18_check.ipynb #12f18472
 VERSION = 1  # raise it when `look` finds more
 
 
-def _stamp(path):
-    "Size and time of change of a file (of its archive, for a member)."
+def _key(image, label, form, rotation):
+    "What `look` depends on (of a member: its archive); None where a file is gone or may not be read."
     try:
-        state = os.stat(path.archive if isinstance(path, Member) else path)
+        states = [os.stat(getattr(path, "archive", path)) for path in (image, label) if path is not None]
     except OSError:
-        return None  # gone, or no permission: look again
-    return f"{state.st_size}.{state.st_mtime_ns}"
+        return None
+    table = "" if form is None else _hash(form.table.tobytes() + form.known.tobytes(), 4)
+    return "|".join([str(VERSION), str(label), table, rotation, *(f"{s.st_size}.{s.st_mtime_ns}" for s in states)])
 
 
-class _Seen:
-    def __init__(self, folder, *what):
-        self.path = None if folder is None else Path(
-            folder) / f"{hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()}.json"
-        try:
-            self.found = json.loads(self.path.read_text()) if self.path else {}
-        except (FileNotFoundError, ValueError):
-            self.found = {}
-
-    def key(self, image, label, form, rotation):
-        stamps = [_stamp(p) for p in (image, label) if p is not None]
-        if None in stamps: return None
-        table = "" if form is None else hashlib.blake2b(form.table.tobytes() + form.known.tobytes(),
-            digest_size=4).hexdigest()
-        return "|".join([str(VERSION), str(label), table, rotation, *stamps])
-
-    def save(self):
-        if self.path is None: return
-        write_atomically(self.path, json.dumps(self.found).encode())
-
-# %% ../../nbs/18_check.ipynb #42fb5891
-KINDS = ("no partner", "unreadable", "rotated", "unknown value", "other size", "twice")
+def _look(arguments):
+    return look(*arguments)
 
 
-class Report(NamedTuple):
-    "What `check` found. In a notebook it shows as its table."
-    table: object  # pandas DataFrame, one row per split
-    problems: object  # pandas DataFrame: dataset, split, kind, file, what
-    ok: bool  # nothing is wrong
-
-    def __str__(self):
-        return self.table.to_string(index=False) + "".join(f"\n{p.dataset}:{p.split} {p.kind}: {p.file}: {p.what}"
-            for p in self.problems.head(50).itertuples()) + (f"\n... and {len(self.problems) - 50} more"
-            if len(self.problems) > 50 else "")
-    def _repr_html_(self):
-        return self.table.astype(object).where(self.table.notna(),
-            "–").to_html(index=False) + (self.problems.head(20).to_html(index=False) if len(self.problems) else "")
-
-
-def _pairs(source, folder, part):
-    "Pairs [(image, label, form)] of a split, and problems with the list of files."
-    listing = source.listing(folder, part)
-    problems = [["twice", str(b), f"has the same stem as {a}"] for a, b in listing.doubled]
-    if listing.labels is None:
-        return [(path, None, None) for path in listing.images.values()], problems
-    alone = sorted(listing.images.keys() ^ listing.labels.keys())
-    problems += [["no partner", str(listing.images[key]), "an image without a label"] if key in listing.images
-        else ["no partner", str(listing.labels[key][0]), "a label without an image"] for key in alone]
-    return [(path, *listing.labels.get(key, (None, None))) for key, path in listing.images.items()], problems
-
-
-def _look(pairs, rotation, i):
-    return look(*pairs[i], rotation)
-
-
-def _look_at(pairs, rotation, seen, workers, progress, title):
-    "What `look` says of each pair, from `seen` where nothing has changed."
-    keys = [seen.key(*pair, rotation) for pair in pairs]
-    todo = [i for i, (pair, key) in enumerate(zip(pairs, keys)) if key is None
-        or seen.found.get(str(pair[0]), {}).get("key") != key]
-    fresh = {}
+def _look_at(pairs, rotation, memory, workers, progress, title):
+    "What `look` says of each pair, from the file `memory` where nothing has changed."
     try:
-        show = {None: "auto", True: "auto", False: "none"}[progress]
-        with Progress(len(todo), title, "file", show=show) as bar:
-            for i, found in zip(
-                    todo, each(partial(_look, [pairs[i] for i in todo], rotation), range(len(todo)), workers)):
-                fresh[i] = found
+        seen = json.loads(memory.read_text()) if memory else {}
+    except (FileNotFoundError, ValueError):
+        seen = {}
+    keys = {str(pair[0]): _key(*pair, rotation) for pair in pairs}
+    kept = {name: seen[name] for name, key in keys.items() if key and seen.get(name, {}).get("key") == key}
+    todo, fresh = [pair for pair in pairs if str(pair[0]) not in kept], {}
+    try:
+        with Progress(len(todo), title, "file", show=progress) as bar:
+            for pair, found in zip(todo, each(_look, [(*pair, rotation) for pair in todo], workers)):
+                fresh[str(pair[0])] = found | dict(key=keys[str(pair[0])])
                 bar.update()
     finally:  # whatever happens, what was seen stays seen
-        if fresh:
-            seen.found = {str(p[0]): seen.found[str(p[0])] for p in pairs
-                if str(p[0]) in seen.found} | {str(pairs[i][0]): found | {"key": keys[i]} for i, found in fresh.items()}
-            seen.save()
-    return [fresh[i] if i in fresh else seen.found[str(pair[0])] for i, pair in enumerate(pairs)]
+        if fresh and memory:
+            write_atomically(memory, json.dumps(kept | fresh).encode())
+    return [(kept | fresh)[str(pair[0])] for pair in pairs]
+
+# %% ../../nbs/18_check.ipynb #42fb5891
+class _Split(NamedTuple):
+    "What is to be looked at."
+    name: str
+    split: str
+    pairs: list = ()  # (image, label, form)
+    problems: list = ()  # of the list of files: [kind, file, what]
+    folder: Path | None = None
+    count: int | None = None  # published images
+    on_error: str = "stop"
+    rotation: str = "refuse"
+    status: str | None = None  # why there is nothing to look at
 
 
-def _row(name, split, expected, labelled, found, problems, policy, status=None, size=None):
-    sizes = Counter(tuple(f["size"]) for f in found if f["size"]).most_common()
-    shown = ", ".join(f"{w}x{h}" + (f" ({n})" if len(sizes) > 1 else "") for (w, h),
-        n in sizes[:3]) + (f", {len(sizes) - 3} more" if len(sizes) > 3 else "")
-    if size and sizes and sizes[0][0] != size:
-        shown += " (published: {}x{})".format(*size)
-    counts = Counter(kind for kind, *_ in problems)
-    wrong = [kind for kind in counts if kind not in POLICIES[policy]]
-    if expected is not None and len(found) != expected:
-        wrong.insert(0, "incomplete" if len(found) < expected else "too many")
-    return dict(dataset=name, split=split, images=len(found), published=expected, labels=labelled,
-        sizes=shown) | {kind: counts[kind] for kind in KINDS} | dict(status=status or ", ".join(wrong) or "ok")
-
-# %% ../../nbs/18_check.ipynb #2df5c8c5
-def check(
-    what,  # a name of `DATASETS`, `name:split`, an opened `Dataset`, or a list of them
-    root=None,  # as for `open_dataset`: the set's folder or one that holds it
-    published: bool = True,  # compare the number of images with the published one (False: for a subset)
-    workers: int | None = None,  # processes; None: one for each core
-    progress: bool | None = None,  # a bar for each split; None: on a terminal only
-    # folder for what has been seen; default `data/runs/check` of the checkout; None: look at everything anew
-    cache="default",
-) -> Report:
-    "Look at every file of the sets. ValueError for unknown names."
-    import pandas
-    cache = data_folder() / "runs" / "check" if cache == "default" else cache
-    rows, problems = [], []
-    for one in [what] if isinstance(what, (str, Dataset)) else what:
-        for row, wrong in (_check_dataset if isinstance(one, Dataset) else _check_name)(one, root, published, workers,
-                progress, cache):
-            rows.append(row)
-            problems += [[row["dataset"], row["split"], *p] for p in wrong]
-    table = pandas.DataFrame(rows).astype({"published": "Int64"}) if rows else pandas.DataFrame()
-    return Report(table, pandas.DataFrame(problems, columns=["dataset", "split", "kind", "file", "what"]),
-        all(row["status"] in ("ok", "absent", "drawn") for row in rows))
-
-
-def _check_name(name, root, published, workers, progress, cache):
+def _named(name, root) -> Iterator[_Split]:
+    "The splits of `name` or `name:split` below a root."
     name, _, wanted = name.partition(":")
     source = DATASETS.get(name)
-    if name in DATASETS and not isinstance(source, OnDisk):
-        raise ValueError(
-            f"check: {name} is not one published set; open what is to be checked, check(open_dataset({name!r}, ...))")
-    if source is None:
-        raise ValueError(
-            f"no dataset {name!r}; there are {', '.join(n for n, s in DATASETS.items() if isinstance(s, OnDisk))}")
-    def failed(split, error):
-        return (_row(name, split, None, 0, [], [], "stop", "not found" if isinstance(error, FileNotFoundError)
-            else "cannot be listed"), [
-            ["not found" if isinstance(error, FileNotFoundError) else "unreadable", "", str(error)]])
+    if source is not None and not isinstance(source, OnDisk):
+        raise ValueError(f"check: {name} is not one published set; open what is to be checked, "
+                         f"check(open_dataset({name!r}, ...))")
+    check_choice("dataset", name, [known for known, source in DATASETS.items() if isinstance(source, OnDisk)])
     try:
         folder = source.find(root)
         parts = source.parts(folder)
     except (OSError, ValueError) as error:
-        return [failed(wanted, error)]
+        yield _failed(name, wanted, error)
+        return
     if wanted and wanted not in parts:
         raise ValueError(f"{name}: no split {wanted!r} in {folder}; there are {', '.join(parts) or 'none'}")
-    results, first = [], {}
     for split, part in parts.items():
-        if split != wanted if wanted else len(part.images) > 1:
-            continue  # joined splits are looked at one by one
+        if split != wanted if wanted else len(part.images) > 1: continue  # joined splits are looked at one by one
         try:
-            pairs, wrong = _pairs(source, folder, part)
-        except FileNotFoundError as error:
-            results.append(failed(split, error) if wanted or list_files(folder, part.images[0]) is not None
-                else (_row(name, split, part.count, 0, [], [], "stop", "absent"), []))
-            continue
+            pairs, problems = _pairs(source.listing(folder, part))
+            yield _Split(name, split, pairs, problems, folder.absolute(), part.count, source.on_error)
         except (OSError, ValueError) as error:
-            results.append(failed(split, error))
-            continue
-        found = _look_at(pairs, "refuse", _Seen(cache, str(folder.absolute()), split), workers, progress,
-            f"{name}:{split}")
-        results.append(
-            _judge(name, split, part.count if published else None, pairs, found, wrong, source.on_error, first))
-    return results
+            missing = isinstance(error, FileNotFoundError) and list_files(folder, part.images[0]) is None
+            absent = _Split(name, split, count=part.count, status="absent")
+            yield absent if missing and not wanted else _failed(name, split, error)
 
 
-def _check_dataset(dataset, root, published, workers, progress, cache):
-    reader = dataset.reader
+def _failed(name, split, error):
+    kind, status = ("not found",) * 2 if isinstance(error, FileNotFoundError) else ("unreadable", "cannot be listed")
+    return _Split(name, split, problems=[[kind, "", str(error)]], status=status)
+
+
+def _pairs(listing):
+    "Pairs [(image, label, form)] of a listing, and its problems."
+    images, labels = listing.images, listing.labels
+    problems = [["twice", str(b), f"has the same stem as {a}"] for a, b in listing.doubled]
+    if labels is None: return [(path, None, None) for path in images.values()], problems
+    for key in sorted(images.keys() ^ labels.keys()):
+        if key in images:
+            problems.append(["no partner", str(images[key]), "an image without a label"])
+        else:
+            problems.append(["no partner", str(labels[key][0]), "a label without an image"])
+    return [(path, *labels.get(key, (None, None))) for key, path in images.items()], problems
+
+# %% ../../nbs/18_check.ipynb #6f1b9d02
+def _opened(dataset, root) -> Iterator[_Split]:
+    "The splits of an opened dataset."
+    reader, source, nothing = dataset.reader, DATASETS.get(dataset.name), [None] * len(dataset)
     if isinstance(reader, Concat):
-        return [result for part in reader.datasets for result in _check_dataset(part, root, published, workers,
-            progress, cache)]
-    if not isinstance(reader, Files):
-        return [(_row(dataset.name, dataset.split, None, len(dataset) * dataset.labelled,
-            [dict(size=None)] * len(dataset), [], "stop", "drawn"), [])]
-    pairs = list(zip(reader.image_paths, reader.label_paths or [None] * len(dataset), reader.forms if reader.label_paths
-        else [None] * len(dataset)))
-    source = DATASETS.get(dataset.name)
-    part = source.splits.get(dataset.split) if isinstance(source, OnDisk) else None
-    found = _look_at(pairs, reader.rotation, _Seen(cache, str(Path(reader.root or ".").absolute()), dataset.split),
-        workers, progress, f"{dataset.name}:{dataset.split}")
-    return [_judge(dataset.name, dataset.split, part.count if part and published else None, pairs, found, [],
-        dataset.on_error, {})]
+        for part in reader.datasets:
+            yield from _opened(part, root)
+    elif isinstance(reader, Files):
+        part = source.splits.get(dataset.split) if isinstance(source, OnDisk) else None
+        pairs = list(zip(reader.image_paths, reader.label_paths or nothing, reader.forms or nothing))
+        yield _Split(dataset.name, dataset.split, pairs, [], Path(reader.root or ".").absolute(), part and part.count,
+                     dataset.on_error, reader.rotation)
+    else:
+        pairs = [(None, dataset.labelled or None, None)] * len(dataset)
+        yield _Split(dataset.name, dataset.split, pairs, status="drawn")
+
+# %% ../../nbs/18_check.ipynb #2df5c8c5
+KINDS = ("no partner", "unreadable", "rotated", "unknown value", "other size", "twice")
 
 
-def _judge(name, split, expected, pairs, found, problems, policy, first):
-    """The row of a split and all its problems; `first` {digest.
+def _judge(split, found, first, published):
+    "Row and problems of a split; `first` {digest: file} goes from one to the next, to find an image of one in another."
+    problems = list(split.problems)
+    for (path, *_), one in zip(split.pairs, found):
+        problems += one["problems"]
+        if one["digest"] and first.setdefault(one["digest"], str(path)) != str(path):
+            problems.append(["twice", str(path), f"has the same content as {first[one['digest']]}"])
+    counts = Counter(kind for kind, *_ in problems)
+    wrong = [kind for kind in counts if kind not in POLICIES[split.on_error]]
+    n, expected = len(split.pairs), split.count if published else None
+    if expected is not None and n != expected:
+        wrong.insert(0, "incomplete" if n < expected else "too many")
+    row = dict(dataset=split.name, split=split.split, images=n, published=expected,
+               labels=sum(label is not None for _, label, _ in split.pairs), sizes=_sizes(split.name, found))
+    row |= {kind: counts[kind] for kind in KINDS} | dict(status=split.status or ", ".join(wrong) or "ok")
+    return row, [[split.name, split.split, *problem] for problem in problems]
 
-    File} goes from split to split, so that an image of one split in another is found."""
-    problems = list(problems)
-    for (path, *_), f in zip(pairs, found):
-        problems += f["problems"]
-        if f["digest"] and first.setdefault(f["digest"], str(path)) != str(path):
-            problems.append(["twice", str(path), f"has the same content as {first[f['digest']]}"])
-    size = getattr(DATASETS.get(name), "size", None)
-    return _row(name, split, expected, sum(label is not None for _, label, _ in pairs), found, problems, policy,
-        size=size), problems
+
+def _sizes(name, found):
+    "`2048x1024`, or the three most frequent sizes and how often each occurs."
+    sizes = Counter(tuple(one["size"]) for one in found if one["size"]).most_common()
+    shown = ", ".join(f"{w}x{h}" + f" ({n})" * (len(sizes) > 1) for (w, h), n in sizes[:3])
+    shown += f", {len(sizes) - 3} more" if len(sizes) > 3 else ""
+    published = getattr(DATASETS.get(name), "size", None)
+    if published and sizes and sizes[0][0] != published:
+        shown += " (published: {}x{})".format(*published)
+    return shown
+
+# %% ../../nbs/18_check.ipynb #6f1b9d04
+class Report(NamedTuple):
+    "What `check` found. In a notebook it shows as its table."
+    table: Any  # pandas DataFrame, one row per split
+    problems: Any  # pandas DataFrame: dataset, split, kind, file, what
+    ok: bool  # nothing is wrong
+
+    def __str__(self):
+        lines = [f"{p.dataset}:{p.split} {p.kind}: {p.file}: {p.what}" for p in self.problems.head(50).itertuples()]
+        more = [f"... and {len(self.problems) - 50} more"] * (len(self.problems) > 50)
+        return "\n".join([self.table.to_string(index=False), *lines, *more])
+
+    def _repr_html_(self):
+        table = self.table.astype(object).where(self.table.notna(), "–").to_html(index=False)
+        return table + (self.problems.head(20).to_html(index=False) if len(self.problems) else "")
+
+
+def check(
+    what: str | Dataset | Iterable,  # a name of `DATASETS`, `name:split`, an opened `Dataset`, or several of them
+    root: str | Path | None = None,  # as for `open_dataset`: the set's folder or one that holds it
+    published: bool = True,  # compare the number of images with the published one (False: for a subset)
+    workers: int | None = None,  # processes, see `each`
+    progress: str = "auto",  # one of `PROGRESS`
+    cache: str | Path | None = "default",  # folder for what has been seen: "default" is `data/runs/check`, None is none
+) -> Report:
+    "What is wrong with the files of the sets. ValueError for unknown names."
+    import pandas
+    cache = data_folder() / "runs" / "check" if cache == "default" else cache
+    rows, problems = [], []
+    for one in [what] if isinstance(what, (str, Dataset)) else what:
+        first = {}
+        for split in (_opened if isinstance(one, Dataset) else _named)(one, root):
+            found = []
+            if not split.status:
+                memory = cache and Path(cache) / f"{_hash(repr((str(split.folder), split.split)).encode(), 8)}.json"
+                found = _look_at(split.pairs, split.rotation, memory, workers, progress, f"{split.name}:{split.split}")
+            row, wrong = _judge(split, found, first, published)
+            rows.append(row)
+            problems += wrong
+    table = pandas.DataFrame(rows).astype({"published": "Int64"}) if rows else pandas.DataFrame()
+    problems = pandas.DataFrame(problems, columns=["dataset", "split", "kind", "file", "what"])
+    return Report(table, problems, all(row["status"] in ("ok", "absent", "drawn") for row in rows))
 
 # %% ../../nbs/18_check.ipynb #1594fcfd
-def main(arguments=None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     "The exit status: 0 when all is well, 1 when something is wrong, 2 for wrong arguments."
-    parser = argparse.ArgumentParser(prog="python -m reinpp.data.check",
-        description="Look at every file of datasets: numbers, pairs, sizes, label values, damage. Exit status 1 when something is wrong.")
-    parser.add_argument(
-        "names", nargs="*", help="dataset, or dataset:split; default: every set found under the data root")
+    parser = argparse.ArgumentParser(
+        prog="python -m reinpp.data.check",
+        description="Look at every file of datasets: numbers, pairs, sizes, label values, damage. Exit status 1 when "
+                    "something is wrong.")
+    parser.add_argument("names", nargs="*", help="dataset, or dataset:split; default: all found under the data root")
     parser.add_argument("--data-root", help="folder that holds the datasets (default: data/ of the checkout)")
-    parser.add_argument("--any-number", action="store_true",
-        help="do not compare the number of images with the published one")
+    parser.add_argument("--any-number", action="store_true", help="do not ask for the published number of images")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
     parser.add_argument("--again", action="store_true", help="look at everything anew, whatever has been seen before")
-    parser.add_argument(
-        "--cache", default="default", help="folder for what has been seen (default: data/runs/check of the checkout)")
+    parser.add_argument("--cache", default="default", help="folder for what has been seen (default: data/runs/check)")
     a = parser.parse_args(arguments)
     root = Path(a.data_root) if a.data_root else data_folder()
-    names = a.names or [n for n, s in DATASETS.items() if isinstance(s, OnDisk)
-        and any((root / f).is_dir() for f in s.folders)]
+    sets = [(name, source) for name, source in DATASETS.items() if isinstance(source, OnDisk)]
+    names = a.names or [name for name, source in sets if any((root / folder).is_dir() for folder in source.folders)]
     if not names:
         print(f"no dataset in {root}: name its folder with --data-root (data/README.md says where each set can be had)",
-            file=sys.stderr)
+              file=sys.stderr)
         return 1
     try:
         report = check(names, root, not a.any_number, a.workers, cache=None if a.again else a.cache)
@@ -274,5 +276,5 @@ def main(arguments=None) -> int:
     return 0 if report.ok else 1
 
 # %% ../../nbs/18_check.ipynb #5ea1c3e1
-if __name__ == "__main__" and globals().get("__package__") == "reinpp":
+if __name__ == "__main__" and globals().get("__package__"):
     sys.exit(main())  # python -m, not a notebook
