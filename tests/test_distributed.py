@@ -288,7 +288,7 @@ def test_gradients_weights_and_log_are_those_of_one_process(name, run, alone, on
 
 def test_one_process_writes_and_speaks(run):
     _, folder, said = run
-    assert said.count("iteration      2/2") == len(CASES) + 1, "each training, and the second half of one, is told once"
+    assert said.count("iteration 2/2") == len(CASES) + 1, "each training, and the second half of one, is told once"
     assert [line["iteration"] for line in log(folder / "halves")] == [1]
     assert all(sorted(f.name for f in (folder / name).iterdir()) == ["checkpoint.pt", "log.jsonl"] for name in CASES)
 
