@@ -81,13 +81,13 @@ def parameter_groups(
         groups.setdefault((rate, decay), []).append(p)
     return [dict(params=ps, lr=rate, weight_decay=decay, initial_lr=rate) for (rate, decay), ps in groups.items()]
 
-# %% ../../nbs/31_train.ipynb #ed572b7c
+# %% ../../nbs/31_train.ipynb #466edd77
 def learning_rate(iteration: int, iterations: int, power: float = 0.9, warmup: int = 0) -> float:
     "Factor on the learning rate: linear warm-up, then polynomial decay to 0."
     ramp = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
     return ramp * (1 - iteration / iterations) ** power
 
-# %% ../../nbs/31_train.ipynb #733e2972
+# %% ../../nbs/31_train.ipynb #c222677e
 class TrainingError(RuntimeError):
     "Training went wrong in a way that more iterations will not mend."
 
@@ -114,7 +114,7 @@ def _move(objective, device, precision) -> str:
     objective.autocast = half if precision == "bf16" else contextlib.nullcontext
     return precision
 
-# %% ../../nbs/31_train.ipynb #62a24776
+# %% ../../nbs/31_train.ipynb #fc789533
 def _step(objective, optimizer, batch, iteration, named, clip, advice) -> dict[str, float]:
     "The loss terms of a step that was made. Raises TrainingError, with advice, where one is not finite."
     terms = all_reduce_gradients(named.values(), objective.step(batch, iteration))
@@ -234,7 +234,7 @@ class _Run:
         return (f"the last checkpoint{f' in {self.folder}' if self.folder else ''} stays; "
                 f"lower lr ({self.settings['lr']}) or use precision='float32'")
 
-# %% ../../nbs/31_train.ipynb #573ec2b8
+# %% ../../nbs/31_train.ipynb #457c81ac
 @patch
 def add(self: _Run, terms: dict, lr: float, last: bool) -> None:
     "Count an iteration; log and save where it is time to."
