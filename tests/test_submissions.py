@@ -116,8 +116,8 @@ def test_refused_before_writing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_submission("acdc", interrupted(), ds, archive, partial=True)
     assert archive.read_bytes() == b"what was there" and len(list(tmp_path.iterdir())) == 1
-    assert "no test server 'kitti'; there are cityscapes, acdc, darkzurich" in refused(write_submission, "kitti", [],
-        ds, archive)
+    assert "server='kitti' is unknown: use one of cityscapes, acdc, darkzurich" in refused(
+        write_submission, "kitti", [], ds, archive)
 
 
 def test_refused_folder(tmp_path):
@@ -129,7 +129,7 @@ def test_refused_folder(tmp_path):
         return refused(write_submission, "acdc", folder, test_split("acdc"), tmp_path / "a.zip", partial=True)
     assert f"{second}.png: no such file" in attempt()
     (folder / f"{second}.png").write_bytes(png(np.repeat(b[..., None], 3, 2)))
-    assert f"{second}.png: mode RGB" in attempt()
+    assert f"{second}: the prediction is 3x1920x1080" in attempt()
     (folder / f"{second}.png").write_bytes(png(b)[:500])
     assert f"{second}.png" in attempt()
     assert not (tmp_path / "a.zip").exists()
