@@ -198,7 +198,8 @@ def test_agrees_with_the_cityscapes_scripts(tmp_path):
     cityscapes_tree(tmp_path)
     # run as its users run it: a program that is told by the environment where things are. It still calls np.in1d, which
     # numpy 2.4 removed
-    run = "import numpy, runpy; numpy.in1d = numpy.isin; runpy.run_module('cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling', run_name='__main__')"
+    judge = "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"
+    run = f"import numpy, runpy; numpy.in1d = numpy.isin; runpy.run_module('{judge}', run_name='__main__')"
     env = os.environ | dict(CITYSCAPES_DATASET=str(tmp_path), CITYSCAPES_RESULTS=str(tmp_path / "results"))
     env.pop("CITYSCAPES_EXPORT_DIR", None)
     done = subprocess.run([sys.executable, "-c", run], env=env, capture_output=True, text=True, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"The ground floor: whole files, checkpoints that run nothing, progress in each of its modes, a pool that says what died."
+"The ground floor: whole files, checkpoints that run nothing, progress in each mode, a pool that says what died."
 import io
 import json
 import os
@@ -86,7 +86,8 @@ def test_members_answer_like_paths(tmp_path):
         for name in ("images/val/a_1.png", "images/val/ulm/b.png", "images/val/", "other.txt"):
             archive.writestr(name, name.encode())
     (flat,) = list_files(tmp_path, "images/val")
-    assert (flat.name, flat.stem, flat.suffix) == ("a_1.png", "a_1", ".png") and read_bytes(flat) == b"images/val/a_1.png"
+    assert (flat.name, flat.stem, flat.suffix) == ("a_1.png", "a_1", ".png")
+    assert read_bytes(flat) == b"images/val/a_1.png"
     assert str(flat) == f"{tmp_path}/set.zip/images/val/a_1.png" and flat == Member(tmp_path / "set.zip", flat.inside)
     assert len(list_files(tmp_path, "images/val", deep=True)) == 2 and list_files(tmp_path, "labels") is None
     (tmp_path / "images" / "val" / "deeper").mkdir(parents=True)
