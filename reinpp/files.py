@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROGRESS', 'data_folder', 'check_choice', 'write_together', 'write_atomically', 'BadFile', 'Member', 'read_bytes',
-           'list_files', 'read_checkpoint', 'duration', 'file_size', 'Progress', 'cores', 'each']
+           'list_files', 'read_checkpoint', 'duration', 'file_size', 'Progress', 'cores', 'device_name', 'each']
 
 # %% ../nbs/01_files.ipynb #643be419
 import json
 import multiprocessing
 import os
 import pickle
+import platform
 import sys
 import time
 import uuid
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 # %% ../nbs/01_files.ipynb #a422b6dd
 def data_folder() -> Path:
@@ -43,19 +46,18 @@ def check_choice(
 
 # %% ../nbs/01_files.ipynb #97e828d4
 def write_together(
-    files: dict,  # path -> bytes
+    files: dict[str | Path, bytes],  # path -> content
 ) -> None:
     """Nothing comes back; the files are there whole or not at all, their folders made.
 
     All are written aside first (`.<name>.<random>.tmp`: other machines may write here, too), and then take their
     places."""
-    files = {Path(path): data for path, data in files.items()}
-    aside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in files}
+    aside = {Path(path): Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}.tmp") for path in files}
     try:
-        for path, temporary in aside.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for data, temporary in zip(files.values(), aside.values()):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as f:
-                f.write(files[path])
+                f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
         for path, temporary in aside.items():
@@ -65,12 +67,9 @@ def write_together(
             temporary.unlink(missing_ok=True)
 
 
-def write_atomically(
-    path: str | Path,
-    data: bytes,
-) -> None:
+def write_atomically(path: str | Path, data: bytes) -> None:
     "Nothing comes back; one file is there whole or not at all."
-    write_together({Path(path): data})
+    write_together({path: data})
 
 # %% ../nbs/01_files.ipynb #5731c2a0
 class BadFile(ValueError):
@@ -108,9 +107,7 @@ class Member(NamedTuple):
 _ARCHIVES = {}  # (process, archive) -> open ZipFile: a file position must not be shared between processes
 
 
-def read_bytes(
-    path: Path | Member,
-) -> bytes:
+def read_bytes(path: Path | Member) -> bytes:
     "A file's content, also from inside an archive. OSError or zipfile.BadZipFile where that fails."
     if not isinstance(path, Member): return Path(path).read_bytes()
     key = os.getpid(), path.archive
@@ -120,7 +117,7 @@ def read_bytes(
 
 # %% ../nbs/01_files.ipynb #44045f74
 @lru_cache(maxsize=64)
-def _names(archive, changed):
+def _names(archive, changed):  # `changed`, a time, makes a new archive of an old name another one
     try:
         with zipfile.ZipFile(archive) as file:
             return file.namelist()
@@ -138,10 +135,8 @@ def list_files(
     base = Path(root) / folder
     if base.is_dir():
         if not deep: return [Path(entry.path) for entry in os.scandir(base) if not entry.is_dir()]
-
         def stop(error):
             raise error
-
         walk = os.walk(base, onerror=stop, followlinks=True)
         return [Path(at) / name for at, _, names in walk for name in names]
     found = None
@@ -158,11 +153,8 @@ def list_files(
 class _Placeholder:
     "Stands for an object of the training state that is not needed and not trusted."
 
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
+    def __init__(self, *args, **kwargs): pass
+    def __setstate__(self, state): pass
 
 
 _REPLACED = ("mmengine", "numpy", "_codecs")  # packages whose objects become placeholders
@@ -230,18 +222,16 @@ def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 # %% ../nbs/01_files.ipynb #a4dfacc4
-def duration(
-    seconds: float,
-) -> str:
+def duration(seconds: float) -> str:
     "`42 s`, `12 min`, `3.5 h`."
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 90: return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def file_size(
-    count: float,  # bytes
-) -> str:
-    "`3.1 kB`, `20.4 MB`, `1.07 GB`, in powers of 1,000."
-    return f"{count / 1e9:.2f} GB" if count > 1e9 else f"{count / 1e6:.1f} MB" if count > 1e5 else f"{count / 1e3:.1f} kB"
+def file_size(count: float) -> str:
+    "Of so many bytes: `3.1 kB`, `20.4 MB`, `1.07 GB`, in powers of 1,000."
+    if count > 1e9: return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count > 1e5 else f"{count / 1e3:.1f} kB"
 
 # %% ../nbs/01_files.ipynb #295b071f
 PROGRESS = ("auto", "bar", "notebook", "lines", "none")
@@ -269,36 +259,12 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.show == "bar":
-            from tqdm import tqdm
             self.bar = tqdm(total=self.total, initial=self.done, desc=self.title or None, unit=self.unit)
         return self
 
-    def update(
-        self,
-        pieces: int = 1,  # finished since the last call
-        **values: float,  # to be shown beside, a loss for instance
-    ) -> None:
-        "Count what is finished, and say it if it is time to."
-        self.done += pieces
-        now = time.monotonic()
-        last = self.done >= self.total
+    def __exit__(self, *error) -> None:
         if self.bar is not None:
-            self.bar.update(pieces)
-            self.bar.set_postfix({name: f"{value:.2f}" for name, value in values.items()}, refresh=False)
-        elif self.show == "notebook" and (last or now - self.said > 0.5):
-            self.said = now
-            self._write_over(self.line(**values))
-        elif self.show == "lines" and (last or 10 * (self.done - self.said_done) >= self.total - self.first
-                or now - self.said > 600):
-            self.said, self.said_done = now, self.done
-            print(self.line(**values), flush=True)
-
-    def line(self, **values: float) -> str:
-        "`iteration 30/300  loss 1.234  0.12 s each, 32 s left`."
-        each = (time.monotonic() - self.start) / max(1, self.done - self.first)
-        shown = "".join(f"  {name} {value:.3f}" for name, value in values.items())
-        return (f"{self.title or self.unit} {self.done}/{self.total}{shown}  "
-                f"{each:.2g} s each, {duration(each * (self.total - self.done))} left")
+            self.bar.close()
 
     def say(self, text: str) -> None:
         "A line of its own, which does not break the bar."
@@ -306,18 +272,6 @@ class Progress:
             self.bar.write(text, file=sys.stderr)
         elif self.show != "none":
             print(text, flush=True)
-
-    def _write_over(self, text):
-        from IPython.display import display
-        data = {"text/plain": text}
-        if self.output is None:
-            self.output = display(data, raw=True, display_id=True)
-        else:
-            self.output.update(data, raw=True)
-
-    def __exit__(self, *error) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def _where_we_are():
@@ -327,15 +281,61 @@ def _where_we_are():
     if getattr(shell, "kernel", None) is not None: return "notebook"
     return "bar" if sys.stderr.isatty() else "lines"
 
-# %% ../nbs/01_files.ipynb #4743d048
+# %% ../nbs/01_files.ipynb #4745eb81
+@patch
+def line(self: Progress, **values: float) -> str:
+    "`iteration 30/300  loss 1.234  0.12 s each, 32 s left`."
+    each = (time.monotonic() - self.start) / max(1, self.done - self.first)
+    shown = "".join(f"  {name} {value:.3f}" for name, value in values.items())
+    return (f"{self.title or self.unit} {self.done}/{self.total}{shown}  "
+            f"{each:.2g} s each, {duration(each * (self.total - self.done))} left")
+
+
+@patch
+def update(
+    self: Progress,
+    pieces: int = 1,  # finished since the last call
+    **values: float,  # to be shown beside, a loss for instance
+) -> None:
+    "Count what is finished, and say it if it is time to."
+    self.done += pieces
+    now, last = time.monotonic(), self.done >= self.total
+    tenth = 10 * (self.done - self.said_done) >= self.total - self.first
+    if self.bar is not None:
+        self.bar.update(pieces)
+        self.bar.set_postfix({name: f"{value:.2f}" for name, value in values.items()}, refresh=False)
+    elif self.show == "notebook" and (last or now - self.said > 0.5):
+        self.said = now
+        _write_over(self, {"text/plain": self.line(**values)})
+    elif self.show == "lines" and (last or tenth or now - self.said > 600):
+        self.said, self.said_done = now, self.done
+        print(self.line(**values), flush=True)
+
+
+def _write_over(progress, data):
+    from IPython.display import display
+    if progress.output is None:
+        progress.output = display(data, raw=True, display_id=True)
+    else:
+        progress.output.update(data, raw=True)
+
+# %% ../nbs/01_files.ipynb #2763887a
 def cores() -> int:
     "How many cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def device_name(
+    device: str | torch.device | None = None,  # None: the GPU if there is one
+) -> str:
+    "`NVIDIA H200`, or `CPU (x86_64, 2 threads)`."
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+# %% ../nbs/01_files.ipynb #4743d048
 def each(
-    # of one item; with several processes it must be importable: a function of a module, or a partial
-    function: Callable,
+    function: Callable,  # of one item; for other processes a function of a module, or a partial of one
     items: Sequence,
     workers: int | None = None,  # processes; None: one for each core, none for fewer than 64 items; 0: this one
     start: str | None = None,  # multiprocessing's start method; "spawn" where workers use a GPU; None: the system's own
@@ -343,7 +343,7 @@ def each(
     set_up_arguments: tuple = (),
     ordered: bool = True,  # False: results as they come
 ) -> Iterator:
-    """Yield `function(item)` for all items. Raises what it raises, or `RuntimeError` when a worker is killed."""
+    "Yield `function(item)` for all items. Raises what it raises, or `RuntimeError` when a worker is killed."
     if workers is None:
         workers = cores() if len(items) >= 64 else 0
     if workers < 1 or not len(items):
@@ -351,12 +351,10 @@ def each(
             set_up(*set_up_arguments)
         yield from map(function, items)
         return
-    try:
-        pickle.dumps((function, set_up, set_up_arguments)) if start == "spawn" else None
-    except Exception as error:
-        message = f"workers={workers}: another process must be able to import {function!r} ({error}); use workers=0"
-        raise ValueError(message) from None
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(start), _start_worker, (set_up, set_up_arguments))
+    context = multiprocessing.get_context(start)
+    if context.get_start_method() != "fork":  # everything goes through pickle
+        _check_importable(function, set_up, set_up_arguments)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (set_up, set_up_arguments))
     try:
         if ordered:
             yield from pool.map(function, items, chunksize=max(1, min(16, len(items) // (4 * workers))))
@@ -369,6 +367,14 @@ def each(
         raise RuntimeError(message) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_importable(function, *others):
+    try:
+        pickle.dumps((function, *others))
+    except Exception as error:
+        message = f"another process must be able to import {function!r} ({error}): use workers=0"
+        raise ValueError(message) from None
 
 
 def _start_worker(set_up, arguments):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['get_rank', 'get_world_size', 'init_process_group', 'local_batch_size', 'barrier', 'broadcast', 'all_reduce_mean',
-           'all_gather', 'local_rows', 'others', 'rand']
+           'all_reduce_gradients', 'all_gather', 'local_rows', 'others', 'rand']
 
 # %% ../nbs/02_processes.ipynb #01cb3fc4
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -29,15 +30,12 @@ def init_process_group(
     device: str | torch.device | None = None,  # None: the GPU if there is one
     timeout: float = 30,  # minutes that a process waits for another one before it ends with an error
 ) -> torch.device:  # where this process is to compute
-    """The device of this process.
+    """The device of this process, which joins the group, unless it has already, under `torchrun`.
 
-    Under `torchrun` (or `accelerate launch`) it also joins the group, unless it has already.
-
-    It gets a GPU of its own, `cuda:LOCAL_RANK` and NCCL, or the CPU and gloo. Raises ValueError where there are more
-    processes than GPUs."""
+    There it gets a GPU of its own, `cuda:LOCAL_RANK` and NCCL, or the CPU and gloo. Raises ValueError where there are
+    more processes than GPUs."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    launched = dist.is_available() and (dist.is_initialized() or dist.is_torchelastic_launched())
-    if not launched: return device
+    if not dist.is_available() or not (dist.is_initialized() or dist.is_torchelastic_launched()): return device
     if device == torch.device("cuda"):
         local, number = int(os.environ.get("LOCAL_RANK", get_rank())), torch.cuda.device_count()
         if local >= number:
@@ -52,10 +50,8 @@ def init_process_group(
     return device
 
 
-def local_batch_size(
-    batch_size: int,  # of all processes together
-) -> int:
-    "How many samples of a batch are this process's. Raises ValueError where they cannot be shared."
+def local_batch_size(batch_size: int) -> int:
+    "How many samples of the batch of all processes are this one's. Raises ValueError where they cannot be shared."
     world_size = get_world_size()
     if batch_size % world_size:
         raise ValueError(f"batch_size={batch_size} is the batch of all processes together and cannot be shared by "
@@ -69,10 +65,8 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast(
-    value: Any,  # anything that can be pickled
-) -> Any:
-    "What rank 0 says, in all processes: of a file that only it may have seen."
+def broadcast(value: Any) -> Any:
+    "What rank 0 says, in all processes: of a file that only it may have seen. Anything that can be pickled."
     box = [value]
     if get_world_size() > 1:
         dist.broadcast_object_list(box)
@@ -93,13 +87,28 @@ def all_reduce_mean(
     parts = flat.div_(world_size).split([t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors)]
 
+# %% ../nbs/02_processes.ipynb #26a954d2
+def all_reduce_gradients(
+    parameters: Iterable[torch.nn.Parameter],  # their gradients become the means over the processes
+    terms: dict[str, torch.Tensor],  # loss terms of this process
+) -> dict[str, torch.Tensor]:  # their means
+    "The means of a step's loss terms and, left in the parameters, of its gradients. Alone: nothing is done."
+    if get_world_size() == 1: return terms
+    parameters = list(parameters)
+    device = parameters[0].device
+    values = torch.stack([value.float().to(device) for value in terms.values()])
+    found = torch.tensor([p.grad is not None for p in parameters], device=device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    values, found, *gradients = all_reduce_mean([values, found, *gradients])
+    for p, gradient, somewhere in zip(parameters, gradients, found.tolist()):
+        p.grad = gradient if somewhere else None
+    return dict(zip(terms, values.cpu()))
 
+# %% ../nbs/02_processes.ipynb #d4084bed
 def all_gather(
     rows: torch.Tensor,  # (B, ...), the same shape in every process
 ) -> torch.Tensor:  # (B * world size, ...)
-    """The rows of all processes by rank: the batch that one process would have. Without gradient.
-
-    Alone: the rows themselves."""
+    "The rows of all processes by rank, as one process would have them, without gradient. Alone: the rows themselves."
     world_size = get_world_size()
     if world_size == 1: return rows
     parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size)]
@@ -107,10 +116,8 @@ def all_gather(
     return torch.cat(parts)
 
 
-def local_rows(
-    rows: torch.Tensor,  # (B * world size, ...)
-) -> torch.Tensor:  # (B, ...)
-    "This process's rows of the whole batch."
+def local_rows(rows: torch.Tensor) -> torch.Tensor:
+    "This process's rows (B, ...) of the whole batch (B * world size, ...)."
     return rows.chunk(get_world_size())[get_rank()]
 
 # %% ../nbs/02_processes.ipynb #d52b5c39

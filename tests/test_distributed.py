@@ -1,4 +1,6 @@
-"""Two processes with gloo do what one process does with the same batch; whatever goes wrong in one of them ends all, with a line that says why.
+"""Two processes with gloo do what one process does with the same batch.
+
+Whatever goes wrong in one of them ends all, with a line that says why.
 
 `torchrun` runs this very file: `main` is what each process does, once for all tests of `run`."""
 import dataclasses
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +25,7 @@ from reinpp.adaptation.stm import STM
 from reinpp.data.catalog import open_dataset
 from reinpp.data.transforms import TrainTransform
 from reinpp.models.losses import average_count
-from reinpp.models.segmenter import Segmenter, create_segmenter
+from reinpp.models.segmenter import Segmenter, tiny_segmenter
 from reinpp.paper import experiments, runs
 from reinpp.processes import barrier, get_rank, init_process_group
 from reinpp.training.evaluation import evaluate
@@ -30,21 +33,21 @@ from reinpp.training.generalize import Generalize
 from reinpp.training.train import adapt_each, fit
 
 TAU = 0.3  # some of the pixels are above it
-HEAD = dict(hidden_dim=32, encoder_layers=1, decoder_layers=1, encoder_ffn=32, decoder_ffn=32, num_heads=4)
 SMALL = TrainTransform(crop=64, base=64, min_class_pixels=12)
 
 
 def segmenter(adapter="rein_g", head="mask2former", seed=0):
     torch.manual_seed(seed)
     linked = adapter == "rein_g"
-    return create_segmenter("tiny", adapter, head, image_size=64, pretrained=False,
-        adapter_args=dict(num_tokens=10, rank=2) if linked else {},
-                            head_args=HEAD | ({} if linked else dict(num_queries=10)) if head == "mask2former"
-                            else dict(hidden_dim=32))
+    head_args = dict(decoder_layers=1) | ({} if linked else dict(num_queries=10)) if head == "mask2former" else {}
+    return tiny_segmenter(adapter, head, adapter_args=dict(num_tokens=10, rank=2) if linked else {},
+                          head_args=head_args)
 
 
 def day():
     return open_dataset("scenes", "train", count=6)
+
+
 def night():
     return open_dataset("scenes", "night/train", count=6, labels=False)
 
@@ -61,8 +64,8 @@ def rein_a(**options):
         student.adapter.tokens_a.mul_(30)
         student.head.decoder.class_head.weight.mul_(2)
         student.head.decoder.class_head.bias[-1] -= 0.8
-    objective = ReinA(student, day(), night(), SMALL, *stores, stm=STM.like(student, decoder_layers=1),
-        **dict(rcs=False, tau=TAU, ema=0.9, mask_block=16, num_points=64, stm_least=0.0) | options)
+    options = dict(rcs=False, tau=TAU, ema=0.9, mask_block=16, num_points=64, stm_least=0.0) | options
+    objective = ReinA(student, day(), night(), SMALL, *stores, stm=STM.like(student, decoder_layers=1), **options)
     return _with_gaps(objective, "source_label")
 
 
@@ -120,8 +123,8 @@ CASES = {  # name -> (objective, options of fit)
     "per pixel, advstyle": (lambda: generalize("freeze", "semantic_fpn", augment="advstyle"), dict(batch_size=2)),
     "rein_a": (rein_a, dict(batch_size=2)),
     "rein_a, batch 4": (lambda: rein_a(weighting="pixel"), dict(batch_size=4, clip=20.0)),
-    "rein_a, beyond the paper": (lambda: rein_a(teacher_flip=True, soft_masks=True, q_on_mask=True),
-    dict(batch_size=2)),
+    "rein_a, beyond the paper": (partial(rein_a, teacher_flip=True, soft_masks=True, q_on_mask=True),
+                                 dict(batch_size=2)),
     "toy": (Toy, dict(batch_size=2)),
 }
 EXPERIMENT = dataclasses.replace(experiments.plan("tiny", "rein_a", target="snow", adapt_iterations=2),
@@ -133,9 +136,11 @@ def train(name, folder):
     "Gradients of each step, weights at the end, and the record."
     make, options = CASES[name]
     objective, gradients = make(), []
-    hook = register_optimizer_step_pre_hook(
-        lambda *_: gradients.append(
-        {n: None if p.grad is None else p.grad.clone() for n, p in objective.named_trainables()}))
+
+    def note(*_):
+        gradients.append({n: None if p.grad is None else p.grad.clone() for n, p in objective.named_trainables()})
+
+    hook = register_optimizer_step_pre_hook(note)
     try:
         record = fit(objective, run_dir=folder / name, **GO, **options)
     finally:
@@ -154,8 +159,8 @@ def refusals(folder):
     wrong = {
         "shares": lambda: fit(Toy(), iterations=1, batch_size=3, progress="none", device="cpu"),
         "run shares": lambda: runs.run(
-        dataclasses.replace(EXPERIMENT, training=EXPERIMENT.training | dict(batch_size=3)),
-        experiments.Ledger(folder / "none"), folder / "no runs"),
+            dataclasses.replace(EXPERIMENT, training=EXPERIMENT.training | dict(batch_size=3)),
+            experiments.Ledger(folder / "none"), folder / "no runs"),
         "nan here": lambda: fit(Toy(bad=(0, 1)), batch_size=2, run_dir=folder / "nan", checkpoint_every=1, **GO),
         "nan there": lambda: fit(Toy(bad=(1, 1)), batch_size=2, **GO),
         "weights": lambda: fit(Toy(seed=get_rank()), batch_size=2, **GO),
@@ -185,9 +190,10 @@ def main(kind, folder):
     fit(objective := generalize(), batch_size=4, run_dir=folder / "second half", **GO)  # one process made the first
     made["second half"] = objective.state_dict()
     student = segmenter()
-    adapt_each(student, dict(night=night()), lambda s,
-        target: ReinA(s, day(), target, SMALL, rcs=False, tau=TAU, num_points=64), folder / "each", batch_size=2, **GO
-        | dict(iterations=1))
+    def adapt(student, target):
+        return ReinA(student, day(), target, SMALL, rcs=False, tau=TAU, num_points=64)
+
+    adapt_each(student, dict(night=night()), adapt, folder / "each", batch_size=2, **GO | dict(iterations=1))
     made["adapter"] = student.load_adapter(folder / "each" / "night" / "adapter").trained_state()
     with mock.patch.object(Segmenter, "save_adapter", autospec=True, side_effect=Segmenter.save_adapter) as save:
         made["record"] = runs.run(EXPERIMENT, experiments.Ledger(folder / "results"), folder / "runs", progress="none")
@@ -198,12 +204,11 @@ def main(kind, folder):
 
 def torchrun(*arguments, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        __file__, *map(str, arguments)]
+               __file__, *map(str, arguments)]
     root = str(Path(__file__).resolve().parent.parent)
-    environment = dict(os.environ, OMP_NUM_THREADS="1",
-        PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process, timeout=240):
@@ -288,7 +293,7 @@ def test_gradients_weights_and_log_are_those_of_one_process(name, run, alone, on
 
 def test_one_process_writes_and_speaks(run):
     _, folder, said = run
-    assert said.count("iteration      2/2") == len(CASES) + 1, "each training, and the second half of one, is told once"
+    assert said.count("iteration 2/2") == len(CASES) + 1, "each training, and the second half of one, is told once"
     assert [line["iteration"] for line in log(folder / "halves")] == [1]
     assert all(sorted(f.name for f in (folder / name).iterdir()) == ["checkpoint.pt", "log.jsonl"] for name in CASES)
 

@@ -153,7 +153,7 @@ def test_refusals():
     lenient = Dataset("scenes", "val", open_dataset("scenes", "val", count=1).reader, on_error="skip")
     with pytest.raises(ValueError, match="on_error='skip'"):
         evaluate(Table(), lenient)
-    with pytest.raises(ValueError, match="7 classes.*19"):
+    with pytest.raises(ValueError, match="19 classes.*7"):
         evaluate(Table(7), open_dataset("scenes", "val", count=1))
 
 
@@ -198,7 +198,8 @@ def test_agrees_with_the_cityscapes_scripts(tmp_path):
     cityscapes_tree(tmp_path)
     # run as its users run it: a program that is told by the environment where things are. It still calls np.in1d, which
     # numpy 2.4 removed
-    run = "import numpy, runpy; numpy.in1d = numpy.isin; runpy.run_module('cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling', run_name='__main__')"
+    judge = "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"
+    run = f"import numpy, runpy; numpy.in1d = numpy.isin; runpy.run_module('{judge}', run_name='__main__')"
     env = os.environ | dict(CITYSCAPES_DATASET=str(tmp_path), CITYSCAPES_RESULTS=str(tmp_path / "results"))
     env.pop("CITYSCAPES_EXPORT_DIR", None)
     done = subprocess.run([sys.executable, "-c", run], env=env, capture_output=True, text=True, cwd=tmp_path)
@@ -227,7 +228,7 @@ def test_protocols():
         if n not in ("cityscapes", "mapillary") for s in (512, 1024))
     with pytest.raises(ValueError, match="gtav.*mapillary"):
         protocol("kitti")
-    with pytest.raises(ValueError, match="512 and 1024"):
+    with pytest.raises(ValueError, match="model_size=768 is unknown: use one of 512, 1024"):
         protocol("acdc", 768)
 
 
@@ -293,7 +294,7 @@ def test_synthia_means_and_summary():
     for classes in (SYNTHIA_16, SYNTHIA_13):
         assert mean_iou(results["a"], classes) == pytest.approx(np.nanmean([iou[c] for c in classes]))
     assert mean_iou(results["a"], CLASSES) == pytest.approx(results["a"]["miou"])
-    with pytest.raises(ValueError, match="no class 'tram'"):
+    with pytest.raises(ValueError, match="class='tram' is unknown: use one of road"):
         mean_iou(results["a"], ("road", "tram"))
     table = summarize(results | {"acdc": average(results)})
     # nobody has a bicycle
@@ -341,11 +342,9 @@ def test_interruption_leaves_the_model_as_it_was():
     assert table.training
 
 
-def test_progress_is_quiet_off_a_terminal(capsys, monkeypatch):
-    module, clock = sys.modules["reinpp.training.evaluation"], iter(range(0, 10_000, 20))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    evaluate(Table(), random_set(SIZES), progress=True)
+def test_progress_is_quiet_off_a_terminal(capsys):
+    evaluate(Table(), random_set(SIZES * 4), progress=True)
     lines = capsys.readouterr().out.splitlines()
-    assert 1 <= len(lines) <= 6 and all(line.startswith("random/val: ") and "min left" in line for line in lines)
+    assert 1 <= len(lines) <= 11 and all(line.startswith("random/val ") and line.endswith(" left") for line in lines)
     evaluate(Table(), random_set(SIZES))
     assert capsys.readouterr().out == ""

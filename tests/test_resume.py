@@ -16,7 +16,7 @@ from pathlib import Path
 from reinpp.data.catalog import open_dataset
 from reinpp.adaptation.proposals import make_proposals
 from reinpp.adaptation.rein_a import ReinA
-from reinpp.models.segmenter import create_segmenter
+from reinpp.models.segmenter import tiny_segmenter
 from reinpp.adaptation.stm import STM
 from reinpp.training.generalize import Generalize
 from reinpp.training.train import fit
@@ -25,14 +25,14 @@ from reinpp.data.transforms import TrainTransform
 kind, folder, slow = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 torch.set_num_threads(1)
 torch.manual_seed(0)
-head = dict(hidden_dim=32, encoder_layers=1, decoder_layers=1, encoder_ffn=32, decoder_ffn=32, num_heads=4)
-segmenter = create_segmenter("tiny", image_size=64, pretrained=False, adapter_args=dict(num_tokens=20, rank=4), head_args=head)
+segmenter = tiny_segmenter(head_args=dict(decoder_layers=1))
 source = open_dataset("scenes", "train", count=6)
 transform = TrainTransform(crop=64, base=64, min_class_pixels=20)
 if kind == "rein_a":
     target = open_dataset("scenes", "night/train", count=6, labels=False)
     stores = [make_proposals(d, "instances", reduction=2) for d in (source, target)]
-    objective = ReinA(segmenter, source, target, transform, *stores, stm=STM.like(segmenter), tau=0.05, num_points=128, limit=20, ema=0.9, weighting="pixel", mask_block=16)
+    objective = ReinA(segmenter, source, target, transform, *stores, stm=STM.like(segmenter), tau=0.05, num_points=128,
+                      limit=20, ema=0.9, weighting="pixel", mask_block=16)
 else:
     objective = Generalize(segmenter, source, transform, num_points=128)
 after = objective.after_step
@@ -40,14 +40,15 @@ def linger(iteration):
     after(iteration)
     time.sleep(slow)
 objective.after_step = linger
-fit(objective, iterations=12, batch_size=2, lr=1e-3, run_dir=folder, checkpoint_every=3, log_every=1, progress="none", seed=5)
+fit(objective, iterations=12, batch_size=2, lr=1e-3, run_dir=folder, checkpoint_every=3, log_every=1, progress="none",
+    seed=5)
 """
 
 
 def run(kind, folder, slow=0.0, **options):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     return subprocess.Popen([sys.executable, "-c", SCRIPT, kind, str(folder), str(slow)], env=environment,
-        stderr=subprocess.PIPE, **options)
+                            stderr=subprocess.PIPE, **options)
 
 
 def finish(process):
@@ -86,6 +87,6 @@ def test_killed_and_resumed_equals_undisturbed(kind, tmp_path):
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert a["recent"] == b["recent"]
     entries = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
-        for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, cut)]
+                for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, cut)]
     assert entries[0] == entries[1], "the log of a resumed run has every iteration once"
     assert not list(Path(cut).glob("*.tmp"))

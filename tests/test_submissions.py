@@ -25,17 +25,16 @@ class Names:
         self.names = names
 
 
-def test_split(server):
+def split_of(server):
     return Dataset(server, "test", Names(NAMES[server]), labels=False)
-test_split.__test__ = False
 
 
 def maps(server):
     "All 19 classes, in blocks that a PNG packs fast."
     height, width = SIZES[server]
     rows = np.arange(height)[:, None] // 64
-    return [(name, ((rows + np.arange(width)[None] // 64 + i) % 19).astype(np.uint8)) for i,
-        name in enumerate(NAMES[server])]
+    return [(name, ((rows + np.arange(width)[None] // 64 + i) % 19).astype(np.uint8))
+            for i, name in enumerate(NAMES[server])]
 
 
 def png(pixels):
@@ -55,12 +54,12 @@ def test_form(server, given, tmp_path):
         predictions = tmp_path / "trainids"
     else:
         predictions = ((name, torch.from_numpy(found)) for name, found in pairs)
-    result = write_submission(server, predictions, test_split(server), archive, partial=True)
-    assert result == dict(images=2, bytes=archive.stat().st_size) == check_submission(server, archive,
-        test_split(server), partial=True)
+    result = write_submission(server, predictions, split_of(server), archive, partial=True)
+    assert result == dict(images=2, bytes=archive.stat().st_size)
+    assert result == check_submission(server, archive, split_of(server), partial=True)
     with zipfile.ZipFile(archive) as file:
-        assert sorted(file.namelist()) == sorted(f"{folder}{name}.png" for folder in MEMBERS[server]
-            for name in NAMES[server])
+        names = sorted(f"{folder}{name}.png" for folder in MEMBERS[server] for name in NAMES[server])
+        assert sorted(file.namelist()) == names
         for name, found in pairs:
             for folder in MEMBERS[server]:
                 sent = np.asarray(Image.open(file.open(f"{folder}{name}.png")))
@@ -77,7 +76,7 @@ def test_form(server, given, tmp_path):
 def test_the_judge_finds_the_files(tmp_path):
     "cityscapesScripts' own look-up, by the name of the ground truth."
     judge = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
-    write_submission("cityscapes", maps("cityscapes"), test_split("cityscapes"), tmp_path / "a.zip", partial=True)
+    write_submission("cityscapes", maps("cityscapes"), split_of("cityscapes"), tmp_path / "a.zip", partial=True)
     with zipfile.ZipFile(tmp_path / "a.zip") as file:
         file.extractall(tmp_path / "results")
     args = judge.CArgs()
@@ -95,20 +94,21 @@ def refused(call, *args, **options):
 
 def test_refused_before_writing(tmp_path):
     (first, a), (second, b) = maps("acdc")
-    ds, archive = test_split("acdc"), tmp_path / "a.zip"
+    ds, archive = split_of("acdc"), tmp_path / "a.zip"
     archive.write_bytes(b"what was there")
     def attempt(pairs):
         return refused(write_submission, "acdc", pairs, ds, archive, partial=True)
     assert f"{second}: no prediction" in attempt([(first, a)])
     message = attempt([(first, a[:540, :960]), ("GOPR9999_frame_000001_rgb_anon", b)])
-    assert "960x540; the server wants 1920x1080" in message and "no such image" in message and f"{second}: no prediction" in message and "3 problems" in message
+    assert "960x540; the server wants 1920x1080" in message and "no such image" in message
+    assert f"{second}: no prediction" in message and "3 problems" in message
     assert "came twice" in attempt([(first, a), (first, a), (second, b)])
     ignored = b.copy()
     ignored[0, 0] = 255
     assert "0 to 255" in attempt([(first, a), (second, ignored)])
     assert "float32" in attempt([(first, a.astype(np.float32)), (second, b)])
-    assert "wants predictions for all 2,000" in refused(write_submission, "acdc", [(first, a), (second, b)], ds,
-        archive)
+    both = [(first, a), (second, b)]
+    assert "wants predictions for all 2,000" in refused(write_submission, "acdc", both, ds, archive)
     assert archive.read_bytes() == b"what was there" and len(list(tmp_path.iterdir())) == 1
     def interrupted():
         yield first, a
@@ -116,8 +116,8 @@ def test_refused_before_writing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_submission("acdc", interrupted(), ds, archive, partial=True)
     assert archive.read_bytes() == b"what was there" and len(list(tmp_path.iterdir())) == 1
-    assert "no test server 'kitti'; there are cityscapes, acdc, darkzurich" in refused(write_submission, "kitti", [],
-        ds, archive)
+    assert "server='kitti' is unknown: use one of cityscapes, acdc, darkzurich" in refused(
+        write_submission, "kitti", [], ds, archive)
 
 
 def test_refused_folder(tmp_path):
@@ -126,17 +126,17 @@ def test_refused_folder(tmp_path):
     (first, a), (second, b) = maps("acdc")
     (folder / f"{first}.png").write_bytes(png(a))
     def attempt():
-        return refused(write_submission, "acdc", folder, test_split("acdc"), tmp_path / "a.zip", partial=True)
+        return refused(write_submission, "acdc", folder, split_of("acdc"), tmp_path / "a.zip", partial=True)
     assert f"{second}.png: no such file" in attempt()
     (folder / f"{second}.png").write_bytes(png(np.repeat(b[..., None], 3, 2)))
-    assert f"{second}.png: mode RGB" in attempt()
+    assert f"{second}: the prediction is 3x1920x1080" in attempt()
     (folder / f"{second}.png").write_bytes(png(b)[:500])
     assert f"{second}.png" in attempt()
     assert not (tmp_path / "a.zip").exists()
 
 
 def test_archive_is_checked(tmp_path):
-    path, ds = tmp_path / "a.zip", test_split("cityscapes")
+    path, ds = tmp_path / "a.zip", split_of("cityscapes")
     (first, a), (second, b) = maps("cityscapes")
     own = np.array([{t: i for i, t in ID_MAPS["cityscapes"].items()}[t] for t in range(19)], np.uint8)
     def check(members):
@@ -162,7 +162,7 @@ def test_archive_is_checked(tmp_path):
 
 
 def test_dark_zurich_wants_all_three_folders(tmp_path):
-    archive, ds = tmp_path / "a.zip", test_split("darkzurich")
+    archive, ds = tmp_path / "a.zip", split_of("darkzurich")
     write_submission("darkzurich", maps("darkzurich"), ds, archive, partial=True)
     with zipfile.ZipFile(archive) as file, zipfile.ZipFile(tmp_path / "b.zip", "w") as less:
         for name in file.namelist():
@@ -173,9 +173,9 @@ def test_dark_zurich_wants_all_three_folders(tmp_path):
 
 
 def test_names_that_the_server_could_not_tell_apart():
-    twice = Dataset("acdc", "test", Names(["GOPR0351_frame_000159_rgb_anon", "GOPR0351_frame_000159_rgb"]),
-        labels=False)
+    names = Names(["GOPR0351_frame_000159_rgb_anon", "GOPR0351_frame_000159_rgb"])
+    twice = Dataset("acdc", "test", names, labels=False)
     assert "could not tell it from" in refused(write_submission, "acdc", [], twice, "never.zip", partial=True)
     strange = Dataset("cityscapes", "test", Names(["IMG_0001"]), labels=False)
-    assert "IMG_0001: the server looks for names" in refused(write_submission, "cityscapes", [], strange, "never.zip",
-        partial=True)
+    message = refused(write_submission, "cityscapes", [], strange, "never.zip", partial=True)
+    assert "IMG_0001: the server looks for names" in message

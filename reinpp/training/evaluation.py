@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['PROTOCOL_SETS', 'CONDITIONS', 'SYNTHIA_16', 'SYNTHIA_13', 'iou_from_confusion', 'predictions', 'evaluate',
            'save_prediction', 'predict_to_folder', 'protocol', 'average', 'evaluate_set', 'mean_iou', 'summarize',
-           'show_confusion', 'evaluate_corruptions', 'corruption_table']
+           'evaluate_corruptions', 'corruption_table']
 
 # %% ../../nbs/33_evaluation.ipynb #d306ee5d
 import contextlib
-import sys
-import time
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
+from torch import nn
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode, functional as F
 
@@ -21,13 +24,13 @@ from ..data.catalog import open_dataset
 from ..data.cityscapes_c import CORRUPTION_GROUPS, CORRUPTIONS, SEVERITIES
 from ..data.datasets import Dataset
 from ..data.transforms import resize_image, short_edge_size
-from ..files import write_atomically
+from ..files import Progress, check_choice, write_together
 from ..labels import CLASSES, IGNORE, overlay
 from ..processes import all_gather, get_rank, get_world_size
 
 # %% ../../nbs/33_evaluation.ipynb #0297c29e
 def iou_from_confusion(
-    confusion,  # (K, K) counts: rows are the truth, columns the prediction
+    confusion: torch.Tensor | list,  # (K, K) counts: rows are the truth, columns the prediction
 ) -> torch.Tensor:
     "IoU of each class, float64 (K,) in [0, 1]; NaN for a class that is in neither truth nor prediction."
     confusion = torch.as_tensor(confusion).double()
@@ -35,37 +38,65 @@ def iou_from_confusion(
     return hit / (confusion.sum(0) + confusion.sum(1) - hit)
 
 # %% ../../nbs/33_evaluation.ipynb #f4670c27
+def _shrunk(image, label, shrink):
+    "As the field halves Mapillary: bicubic with antialiasing, labels to the nearest pixel's centre."
+    size = [side // shrink for side in image.shape[-2:]]
+    if label is not None:
+        label = F.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
+    return F.resize(image, size, InterpolationMode.BICUBIC, antialias=True), label
+
+
+def _batches(dataset, size, fit, shrink, batch, progress, indices):
+    "Stacks of images as the model sees them, equal in size, and `(name, label, image)` of each."
+    inputs, kept = [], []
+    indices = range(len(dataset)) if indices is None else indices
+    show = "auto" if progress else "none"
+    with Progress(len(indices), f"{dataset.name}/{dataset.split}", "image", show=show) as report:
+        for i in indices:
+            image, label, name = dataset[i]
+            image, label = (t if t is None else t.as_subclass(torch.Tensor) for t in (image, label))
+            if shrink != 1:
+                image, label = _shrunk(image, label, shrink)
+            seen = size if fit is None else short_edge_size(*image.shape[-2:], min(fit), max(fit))
+            x = image if seen is None else resize_image(image, seen)
+            if inputs and (len(inputs) == batch or x.shape != inputs[0].shape):
+                yield torch.stack(inputs), kept
+                inputs, kept = [], []
+            inputs.append(x)
+            kept.append((name, label, image))
+            report.update()
+        if inputs:
+            yield torch.stack(inputs), kept
+
+# %% ../../nbs/33_evaluation.ipynb #c02c0bc1
 def predictions(
-    segmenter,  # has `predict(images (B, 3, H, W) in [0, 1], window, stride)` -> scores (B, K, H, W)
+    segmenter: nn.Module,  # has `predict(images (B, 3, H, W) in [0, 1], window, stride)` -> scores (B, K, H, W)
     dataset: Dataset,  # with or without labels
     window: int | None = None,  # side of the windows in pixels; None: the whole image at once
     stride: int | None = None,  # step of the windows
-    size=None,  # (height, width) that images are resized to for the model; None: as they are
+    size: tuple[int, int] | None = None,  # (height, width) that the model sees; None: as they are
     batch: int = 8,  # images at a time
-    device=None,  # where to run; default: where the segmenter is
-    progress: bool = False,  # a bar on a terminal, a line every half minute elsewhere
-    fit=None,  # instead of `size`: (long edge, short edge) that images are scaled to fit, aspect kept
+    device: str | torch.device | None = None,  # None: where the segmenter is
+    progress: bool = False,  # say how far it is
+    fit: tuple[int, int] | None = None,  # instead of `size`: (long edge, short edge) to scale to, aspect kept
     shrink: int = 1,  # first make image and label so many times smaller
-    indices=None,  # of the images to predict; None: all
-):
+    indices: list[int] | None = None,  # of the images to predict; None: all
+) -> Iterator[tuple]:
     """Yield `(name, prediction, label, image)` for each image.
 
-    Uint8 (H, W) trainIds on `device`, uint8 (H, W) or None, uint8 (3, H, W).
-
-    The segmenter is in eval mode meanwhile and put back afterwards, also when this is left early. ValueError where both
-    `size` and `fit` are given."""
+    Uint8 (H, W) trainIds on `device`, uint8 (H, W) or None, uint8 (3, H, W). The segmenter is in eval mode meanwhile
+    and put back afterwards, also when this is left early. ValueError where both `size` and `fit` are given."""
     if size is not None and fit is not None:
         raise ValueError(f"size={size} and fit={fit}: name one of them")
-    if device is None:
-        device = next((p.device for p in segmenter.parameters()), "cpu")
+    device = device or next((p.device for p in segmenter.parameters()), "cpu")
     training = segmenter.training
     segmenter.eval()
     try:
         for images, kept in _batches(dataset, size, fit, shrink, batch, progress, indices):
             with torch.inference_mode():
                 scores = segmenter.predict(images.to(device).float() / 255, window=window, stride=stride)
-                found = [_resized(score, image.shape[-2:]).argmax(0).to(torch.uint8) for score,
-                    (_, _, image) in zip(scores, kept)]
+                found = [_resized(score, image.shape[-2:]).argmax(0).to(torch.uint8)
+                         for score, (_, _, image) in zip(scores, kept)]
             del scores
             for prediction, (name, label, image) in zip(found, kept):
                 yield name, prediction, label, image
@@ -74,88 +105,34 @@ def predictions(
 
 
 def _resized(score, shape):
-    return score if score.shape[-2:] == shape else interpolate(score[None], shape, mode="bilinear",
-        align_corners=False)[0]
-
-
-def _batches(dataset, size, fit, shrink, batch, progress, indices):
-    "Stacks of images as the model sees them, equal in size, and `(name, label, image)` of each."
-    inputs, kept = [], []
-    for i in _progress(range(len(dataset)) if indices is None else indices, f"{dataset.name}/{dataset.split}",
-            progress):
-        image, label, name = dataset[i]
-        image, label = image.as_subclass(torch.Tensor), None if label is None else label.as_subclass(torch.Tensor)
-        # as the field halves Mapillary: bicubic with antialiasing, labels to the nearest pixel's centre
-        if shrink != 1:
-            smaller = [s // shrink for s in image.shape[-2:]]
-            image = F.resize(image, smaller, InterpolationMode.BICUBIC, antialias=True)
-            if label is not None:
-                label = F.resize(label[None], smaller, InterpolationMode.NEAREST_EXACT)[0]
-        seen = size if fit is None else short_edge_size(*image.shape[-2:], min(fit), max(fit))
-        x = image if seen is None else resize_image(image, seen)
-        if inputs and (len(inputs) == batch or x.shape != inputs[0].shape):
-            yield torch.stack(inputs), kept
-            inputs, kept = [], []
-        inputs.append(x)
-        kept.append((name, label, image))
-    if inputs:
-        yield torch.stack(inputs), kept
-
-
-def _progress(items, what, show):
-    if not show:
-        yield from items
-    elif sys.stderr.isatty():
-        from tqdm import tqdm
-        yield from tqdm(items, desc=what, unit="image")
-    else:
-        start = said = time.monotonic()
-        for done, item in enumerate(items):
-            if time.monotonic() - said > 30:
-                said = time.monotonic()
-                print(f"{what}: {done} of {len(items)} images, {done / (said - start):.2f} images/s, {(len(items) - done) * (said - start) / done / 60:.0f} min left", flush=True)
-            yield item
+    if score.shape[-2:] == shape: return score
+    return interpolate(score[None], shape, mode="bilinear", align_corners=False)[0]
 
 # %% ../../nbs/33_evaluation.ipynb #d3893da8
 def evaluate(
-    segmenter,  # has `predict(images (B, 3, H, W) in [0, 1], window, stride)` -> scores (B, K, H, W), and `num_classes`
+    segmenter: nn.Module,  # as `predictions` wants it, with `num_classes`
     dataset: Dataset,  # with labels
-    window: int | None = None,  # side of the windows in pixels; None: the whole image at once
-    stride: int | None = None,  # step of the windows
-    size=None,  # (height, width) that images are resized to for the model; None: as they are
     batch: int = 8,  # images at a time
-    device=None,  # where to run; default: where the segmenter is
-    progress: bool = False,  # a bar on a terminal, a line every half minute elsewhere
-    fit=None,  # instead of `size`: (long edge, short edge) that images are scaled to fit, aspect kept
-    shrink: int = 1,  # first make image and label so many times smaller
-    save=None,  # a folder for the predictions
+    device: str | torch.device | None = None,  # None: where the segmenter is
+    progress: bool = False,  # say how far it is
+    save: str | Path | None = None,  # a folder for the predictions
+    **options: Any,  # of `predictions`: window, stride, size or fit, shrink
 ) -> dict:
     """`iou` {class name: float}, NaN for classes that are absent or that the set does not label.
 
-    `miou` over the others; `pixel_accuracy`; `images`; `confusion` (K, K) as a list, rows = truth.
-
-    Figures are fractions in [0, 1]. Under `torchrun` all processes call this together: each takes its share of the
-    batches, and all get the result. ValueError for a dataset without labels, of another number of classes, or that
-    leaves bad files out (`on_error`): their stand-ins would be counted twice."""
+    `miou` over the others; `pixel_accuracy`; `images`; `confusion` (K, K) as a list, rows = truth. Figures are
+    fractions in [0, 1]. Under `torchrun` all processes call this together: each takes its share of the batches, and
+    all get the result. ValueError for a dataset without labels, of another number of classes, or that leaves bad files
+    out (`on_error`): their stand-ins would be counted twice."""
     from torchmetrics.classification import MulticlassConfusionMatrix
-    what, K = f"{dataset.name}/{dataset.split}", segmenter.num_classes
-    if not dataset.labelled:
-        raise ValueError(f"evaluate: {what} was opened without labels; open it with labels=True")
-    if dataset.on_error != "stop":
-        raise ValueError(
-            f"evaluate: {what} was opened with on_error={dataset.on_error!r}, which puts other images in the place "
-            "of bad ones; open it with on_error='stop' (python -m reinpp.data.check lists what is bad)")
-    if K != len(dataset.classes):
-        raise ValueError(
-            f"evaluate: the segmenter has {K} classes and {what} has {len(dataset.classes)}; they must be the same")
-    if device is None:
-        device = next((p.device for p in segmenter.parameters()), "cpu")
+    _check_judgeable(segmenter, dataset)
+    device = device or next((p.device for p in segmenter.parameters()), "cpu")
+    K, rank, world_size = segmenter.num_classes, get_rank(), get_world_size()
     confusion = MulticlassConfusionMatrix(K, ignore_index=IGNORE, validate_args=False, sync_on_compute=False).to(device)
-    rank, world_size = get_rank(), get_world_size()
     # whole batches, as one process makes them of images of one size: what is in one decides about the last bits
     share = [i for i in range(len(dataset)) if i // batch % world_size == rank]
-    with contextlib.closing(predictions(segmenter, dataset, window, stride, size, batch, device, progress and rank == 0,
-            fit, shrink, share)) as stream:
+    with contextlib.closing(predictions(segmenter, dataset, batch=batch, device=device, indices=share,
+                                        progress=progress and rank == 0, **options)) as stream:
         for name, prediction, label, image in stream:
             confusion.update(prediction.long(), label.to(device).long())
             if save is not None:
@@ -164,38 +141,46 @@ def evaluate(
     iou = iou_from_confusion(matrix)
     iou[[c for c in range(K) if c not in dataset.evaluated]] = torch.nan
     return dict(iou=dict(zip(dataset.classes, iou.tolist())), miou=iou.nanmean().item(),
-        pixel_accuracy=(matrix.diagonal().sum() / matrix.sum()).item(), images=len(dataset),
+                pixel_accuracy=(matrix.diagonal().sum() / matrix.sum()).item(), images=len(dataset),
                 confusion=matrix.long().tolist())
 
 
-def save_prediction(
-    folder,  # gets `trainids/<name>.png` and, with an image, `colour/<name>.png`
-    name: str,  # of the image
-    prediction,  # (H, W) trainIds
-    image=None,  # (3, H, W) uint8: painted over in the classes' colours
-) -> Path:  # of the trainIds
-    "Write a prediction as an 8-bit PNG of trainIds, and as a picture."
-    import io
+def _check_judgeable(segmenter, dataset):
+    what = f"evaluate: {dataset.name}/{dataset.split}"
+    if not dataset.labelled:
+        raise ValueError(f"{what} was opened without labels; open it with labels=True")
+    if dataset.on_error != "stop":
+        raise ValueError(f"{what} was opened with on_error={dataset.on_error!r}, which puts other images in the place "
+                         "of bad ones; open it with on_error='stop' (python -m reinpp.data.check lists what is bad)")
+    if segmenter.num_classes != len(dataset.classes):
+        raise ValueError(f"{what} has {len(dataset.classes)} classes and the segmenter {segmenter.num_classes}; they "
+                         "must be the same")
 
-    from PIL import Image
-    prediction = prediction.cpu().numpy()
-    shown = {"trainids": prediction} | ({} if image is None
-        else {"colour": overlay(image.permute(1, 2, 0).cpu().numpy(), prediction)})
-    for kind, pixels in shown.items():
-        path = Path(folder) / kind / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+# %% ../../nbs/33_evaluation.ipynb #684dfc41
+def save_prediction(
+    folder: str | Path,  # gets `trainids/<name>.png` and, with an image, `colour/<name>.png`
+    name: str,  # of the image
+    prediction: torch.Tensor,  # (H, W) trainIds
+    image: torch.Tensor | None = None,  # (3, H, W) uint8: painted over in the classes' colours
+) -> None:
+    "Write a prediction as an 8-bit PNG of trainIds, and as a picture."
+    pictures = {"trainids": prediction.cpu().numpy()}
+    if image is not None:
+        pictures["colour"] = overlay(image.permute(1, 2, 0).cpu().numpy(), pictures["trainids"])
+    files = {}
+    for kind, pixels in pictures.items():
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        write_atomically(path, buffer.getvalue())
-    return Path(folder) / "trainids" / f"{name}.png"
+        files[Path(folder) / kind / f"{name}.png"] = buffer.getvalue()
+    write_together(files)
 
 
 def predict_to_folder(
-    segmenter,
+    segmenter: nn.Module,  # as `predictions` wants it
     dataset: Dataset,  # labels are not needed
-    folder,  # see `save_prediction`
+    folder: str | Path,  # see `save_prediction`
     pictures: bool = False,  # the coloured pictures, too
-    **options,  # of `predictions`: window, stride, size, fit, ...
+    **options: Any,  # of `predictions`: window, stride, size, fit, ...
 ) -> Path:  # the folder of trainIds
     "Predict every image of a set, for looking at or for a test server."
     with contextlib.closing(predictions(segmenter, dataset, **options)) as stream:
@@ -222,48 +207,44 @@ def protocol(
     cvpr24: bool = False,  # the CVPR'24 code's smaller Cityscapes and Mapillary
 ) -> dict:  # window, stride, and size, or fit and shrink: arguments of `evaluate`
     "How the paper's line of work shows a set to a model. ValueError for another name or size."
-    if name not in _SIZES:
-        raise ValueError(
-            f"no protocol for {name!r}; there are {', '.join(_SIZES)}. Give evaluate a window, stride and size of "
-            "your own")
-    if model_size not in (512, 1024):
-        raise ValueError(f"model_size={model_size}: the protocols are for models of 512 and 1024")
+    check_choice("name", name, _SIZES)
+    check_choice("model_size", model_size, (512, 1024))
     sizes = _CVPR24[name] if cvpr24 and name in _CVPR24 else _SIZES[name]
-    return dict(window=model_size, stride=dict([(512, 341), (1024, 683)])[model_size]) | sizes.get(model_size, sizes)
+    return dict(window=model_size, stride={512: 341, 1024: 683}[model_size]) | sizes.get(model_size, sizes)
 
 # %% ../../nbs/33_evaluation.ipynb #ec82b417
-def average(
-    results: dict,  # name -> what `evaluate` returned
-) -> dict:
-    """One result of several.
+def average(results: dict[str, dict]) -> dict:
+    """One result of several, with these as its `parts`.
 
-    The means of `miou`, `pixel_accuracy` and each class's IoU (over those that have it), the sums of images and
-    confusions, and the `parts` themselves."""
+    Means of `miou`, `pixel_accuracy` and each class's IoU (over those that have it), sums of images and confusions."""
     parts = list(results.values())
     if not parts:
         raise ValueError("average: no results given")
-    def mean(values):
-        return torch.tensor(list(values), dtype=torch.float64).nanmean().item()
-    return dict(iou={c: mean(r["iou"][c] for r in parts) for c in parts[0]["iou"]}, miou=mean(r["miou"] for r in parts),
-        pixel_accuracy=mean(r["pixel_accuracy"] for r in parts),
+    return dict(iou={c: _mean(r["iou"][c] for r in parts) for c in parts[0]["iou"]},
+                miou=_mean(r["miou"] for r in parts), pixel_accuracy=_mean(r["pixel_accuracy"] for r in parts),
                 images=sum(r["images"] for r in parts),
                 confusion=sum(torch.tensor(r["confusion"]) for r in parts).tolist(), parts=dict(results))
 
 
+def _mean(values):
+    "Of those that are there, in double precision."
+    return torch.tensor(list(values), dtype=torch.float64).nanmean().item()
+
+
 def evaluate_set(
-    segmenter,
+    segmenter: nn.Module,
     name: str,  # one of `PROTOCOL_SETS`
     split: str = "val",
-    root=None,  # see `open_dataset`
+    root: str | Path | None = None,  # see `open_dataset`
     model_size: int = 512,  # 512 or 1024
     cvpr24: bool = False,  # see `protocol`
-    **options,  # of `evaluate`; they come before the protocol's
+    **options: Any,  # of `evaluate`; they come before the protocol's
 ) -> dict:  # as `evaluate`; ACDC's has `parts`, one per condition
     "Evaluate on a set by name, under its protocol. ACDC without a condition in `split` is the mean over its four."
     options = protocol(name, model_size, cvpr24) | options
     if name == "acdc" and "/" not in split:
-        return average(
-            {c: evaluate_set(segmenter, name, f"{c}/{split}", root, model_size, cvpr24, **options) for c in CONDITIONS})
+        return average({c: evaluate_set(segmenter, name, f"{c}/{split}", root, model_size, cvpr24, **options)
+                        for c in CONDITIONS})
     return evaluate(segmenter, open_dataset(name, split, root, on_error="stop"), **options)
 
 # %% ../../nbs/33_evaluation.ipynb #b30268e0
@@ -273,78 +254,56 @@ SYNTHIA_13 = tuple(c for c in SYNTHIA_16 if c not in ("wall", "fence", "pole"))
 
 def mean_iou(
     result: dict,  # of `evaluate`
-    classes=SYNTHIA_16,  # names that count
+    classes: Sequence[str] = SYNTHIA_16,  # names that count
 ) -> float:
-    """Mean IoU over some of the classes, in [0, 1]; absent ones are left out.
-
-    ValueError for a name that the result lacks."""
-    unknown = [c for c in classes if c not in result["iou"]]
-    if unknown:
-        raise ValueError(f"mean_iou: no class {unknown[0]!r} in this result; there are {', '.join(result['iou'])}")
-    return torch.tensor([result["iou"][c] for c in classes], dtype=torch.float64).nanmean().item()
+    "Mean IoU over some of the classes, in [0, 1]; absent ones are left out. ValueError for a name it lacks."
+    for name in classes:
+        check_choice("class", name, result["iou"])
+    return _mean(result["iou"][name] for name in classes)
 
 
 def summarize(
-    results: dict,  # name -> what `evaluate` or `evaluate_set` returned
+    results: dict[str, dict],  # what `evaluate` or `evaluate_set` returned, by name
     per_class: bool = True,  # a column per class, besides the mean's
-):
+) -> Any:
     """A pandas table in percent: a row per set (ACDC's conditions below it), then their average.
 
     A class that no set has is left out."""
     import pandas as pd
     rows = {}
-    for name, r in results.items():
-        rows[name] = r
-        rows |= {f"- {part}": p for part, p in r.get("parts", {}).items()}
+    for name, result in results.items():
+        rows[name] = result
+        rows |= {f"- {part}": p for part, p in result.get("parts", {}).items()}
     if len(results) > 1:
         rows["average"] = average(results)
-    table = pd.DataFrame({name: ({c: 100 * v for c, v in r["iou"].items()} if per_class else {})
-        | {"mIoU": 100 * r["miou"], "images": r["images"]} for name, r in rows.items()}).T
+    columns = {name: {**(r["iou"] if per_class else {}), "mIoU": r["miou"]} for name, r in rows.items()}
+    table = 100 * pd.DataFrame(columns).T
+    table["images"] = [r["images"] for r in rows.values()]
     return table.dropna(axis=1, how="all").astype({"images": int})
-
-# %% ../../nbs/33_evaluation.ipynb #5aac138a
-def show_confusion(
-    ax,  # matplotlib axes
-    result: dict,  # of `evaluate`
-    title: str = "",
-) -> None:
-    "Draw a confusion matrix as shares of each true class; classes without a pixel in truth or prediction are left out."
-    matrix = torch.tensor(result["confusion"]).double()
-    keep = ((matrix.sum(0) + matrix.sum(1)) > 0).nonzero().flatten()
-    names = [list(result["iou"])[c] for c in keep]
-    matrix = matrix[keep][:, keep]
-    ax.imshow(matrix / matrix.sum(1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-    ax.set_yticks(range(len(names)), names, fontsize=6)
-    ax.set_xlabel("predicted", fontsize=7)
-    ax.set_ylabel("true", fontsize=7)
-    ax.set_title(title, fontsize=8)
 
 # %% ../../nbs/33_evaluation.ipynb #6d597785
 def evaluate_corruptions(
-    segmenter,
-    root=None,  # the set's folder, see `open_dataset`
-    corruptions=CORRUPTIONS,
-    severities=(5,),
+    segmenter: nn.Module,
+    root: str | Path | None = None,  # the set's folder, see `open_dataset`
+    corruptions: Sequence[str] = CORRUPTIONS,
+    severities: Sequence[int] = (5,),
     model_size: int = 512,  # 512 or 1024
-    **options,  # of `evaluate`
-) -> dict:  # {(corruption, severity): what `evaluate` returned}
+    **options: Any,  # of `evaluate`
+) -> dict[tuple[str, int], dict]:  # what `evaluate` returned for each corruption and severity
     "Evaluate on Cityscapes-C from disk under Cityscapes' protocol. Splits are `<corruption>/<severity>`."
     return {(c, s): evaluate_set(segmenter, "cityscapes_c", f"{c}/{s}", root, model_size, **options)
         for c in corruptions for s in severities}
 
 
 def corruption_table(
-    results: dict,  # {(corruption, severity): what `evaluate` returned, or an mIoU in [0, 1]}
-):
-    """A pandas table of mIoU in percent.
-
-    A row per severity and their mean, a column per corruption, in groups, and the mean over corruptions."""
+    results: dict[tuple[str, int], dict | float],  # what `evaluate` returned, or an mIoU in [0, 1]
+) -> Any:
+    "A pandas table of mIoU in percent: a row per severity and their mean, a column per corruption and their mean."
     import pandas as pd
-    def miou(r):
-        return 100 * (r["miou"] if isinstance(r, dict) else r)
-    table = pd.DataFrame({(group, c): {s: miou(results[c, s]) for s in SEVERITIES if (c, s) in results} for group,
-        names in CORRUPTION_GROUPS.items() for c in names if any((c, s) in results for s in SEVERITIES)})
+    miou = {key: 100 * (r["miou"] if isinstance(r, dict) else r) for key, r in results.items()}
+    columns = {(group, c): {s: miou[c, s] for s in SEVERITIES if (c, s) in miou}
+               for group, names in CORRUPTION_GROUPS.items() for c in names}
+    table = pd.DataFrame({key: column for key, column in columns.items() if column})
     table[("all", "mean")] = table.mean(axis=1, skipna=False)
     if len(table) > 1:
         table.loc["mean"] = table.mean(skipna=False)

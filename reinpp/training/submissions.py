@@ -10,12 +10,15 @@ import io
 import os
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..data.datasets import Dataset
+from ..files import check_choice
 from ..labels import CLASSES, ID_MAPS, IGNORE
 
 # %% ../../nbs/34_submissions.ipynb #dc7c895b
@@ -24,81 +27,73 @@ class Server:
     "What one test server takes."
     frame: str  # regular expression: the part of an image's name that the server looks for
     folders: dict  # folder in the archive -> what its PNGs hold: "labels", "trainids", "invalid" or "confidence"
-    size: tuple  # height, width
+    size: tuple[int, int]  # height, width
     images: int  # of the whole test split
-    limit: int | None  # bytes
     page: str  # where it is sent
+    limit: int | None = None  # bytes
 
 
 _FRAME = r"\w+_frame_\d{6}"
+_ZURICH = {"labelTrainIds": "trainids", "labelTrainIds_invalid": "invalid", "confidence": "confidence"}
 SERVERS = {
-    "cityscapes": Server(r"[^_]+_\d{6}_\d{6}", {"": "labels"}, (1024, 2048), 1525, 100_000_000,
-    "https://www.cityscapes-dataset.com/submit/"),
-    "acdc": Server(_FRAME, {"labelTrainIds": "trainids"}, (1080, 1920), 2000, None,
-    "https://acdc.vision.ee.ethz.ch/submit"),
-    "darkzurich": Server(_FRAME, {"labelTrainIds": "trainids", "labelTrainIds_invalid": "invalid",
-    "confidence": "confidence"}, (1080, 1920), 151, None,
-                         "https://codalab.lisn.upsaclay.fr/competitions/3783"),
+    "cityscapes": Server(r"[^_]+_\d{6}_\d{6}", {"": "labels"}, (1024, 2048), 1525,
+                         "https://www.cityscapes-dataset.com/submit/", limit=100_000_000),
+    "acdc": Server(_FRAME, {"labelTrainIds": "trainids"}, (1080, 1920), 2000, "https://acdc.vision.ee.ethz.ch/submit"),
+    "darkzurich": Server(_FRAME, _ZURICH, (1080, 1920), 151, "https://codalab.lisn.upsaclay.fr/competitions/3783"),
 }
-_LABEL_IDS = np.array([{t: i for i, t in ID_MAPS["cityscapes"].items()}[c] for c in range(len(CLASSES))], np.uint8)
 
-
-def _server(name):
-    if name not in SERVERS:
-        raise ValueError(f"no test server {name!r}; there are {', '.join(SERVERS)}")
-    return SERVERS[name]
-
-
+# %% ../../nbs/34_submissions.ipynb #200e12e0
 def _refuse(what, problems):
     if problems:
-        raise ValueError(f"{what}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n  "
-            + "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20)))
+        shown = problems[:20] + ["..."] * (len(problems) > 20)
+        raise ValueError("\n  ".join([f"{what}: {len(problems)} problem{'s' * (len(problems) > 1)}:", *shown]))
+
+
+def _stem(name):
+    return Path(str(name)).name.removesuffix(".png")
 
 
 def _frames(server, dataset, partial):
-    """{what the server looks for: the image's file name} of each image.
-
-    ValueError for names it could not find or tell apart."""
+    "{what the server looks for: the image's file name}. ValueError for names it could not find or tell apart."
     found, problems = {}, []
     for name in dataset.reader.names:
-        stem = Path(str(name)).name.removesuffix(".png")
-        match = re.match(server.frame, stem)
+        match = re.match(server.frame, _stem(name))
         if not match:
             problems.append(f"{name}: the server looks for names that begin like {server.frame}")
         elif match[0] in found:
             problems.append(f"{name}: the server could not tell it from {found[match[0]]}")
         else:
-            found[match[0]] = f"{stem}.png"
+            found[match[0]] = f"{_stem(name)}.png"
     if len(dataset) != server.images and not partial:
-        problems.append(
-            f"{len(dataset)} images; the server wants predictions for all {server.images:,} of its test split "
-            "(partial=True writes an archive of fewer, to try things out)")
+        problems.append(f"{len(dataset)} images; the server wants predictions for all {server.images:,} of its test "
+                        "split (partial=True writes an archive of fewer, to try things out)")
     _refuse(f"{dataset.name}/{dataset.split}", problems)
     return found
 
 # %% ../../nbs/34_submissions.ipynb #324194df
-_ALLOWED = {"labels": np.isin(np.arange(256), _LABEL_IDS), "trainids": np.arange(256) < len(CLASSES),
-    "invalid": (np.arange(256) < len(CLASSES)) | (np.arange(256) == IGNORE)}
+_LABEL_IDS = np.array(sorted(ID_MAPS["cityscapes"], key=ID_MAPS["cityscapes"].get), np.uint8)  # of each trainId
+_VALUES = {"labels": set(_LABEL_IDS.tolist()), "trainids": set(range(len(CLASSES))),
+           "invalid": {*range(len(CLASSES)), IGNORE}}
 
 
 def check_submission(
     server: str,  # a key of `SERVERS`
-    archive,  # path of the zip
+    archive: str | Path,  # the zip
     dataset: Dataset,  # the test split
     partial: bool = False,  # the dataset may be a part of the test split
 ) -> dict:  # images, bytes
     "Open an archive and check every file in it as the server would. ValueError with the list of what is wrong."
-    rules, path = _server(server), Path(archive)
-    frames = _frames(rules, dataset, partial)
+    check_choice("server", server, SERVERS)
+    rules, path = SERVERS[server], Path(archive)
+    frames, problems, inside = _frames(rules, dataset, partial), [], {}
+    size = path.stat().st_size
+    if rules.limit and size > rules.limit:
+        problems.append(f"{size / 1e6:.0f} MB; the server takes at most {rules.limit / 1e6:.0f}")
     try:
         file = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: no zip archive ({error}); write it again") from None
-    problems, bytes_ = [], path.stat().st_size
-    if rules.limit and bytes_ > rules.limit:
-        problems.append(f"{bytes_ / 1e6:.0f} MB; the server takes at most {rules.limit / 1e6:.0f}")
     with file:
-        inside = {}
         for member in file.namelist():
             if member.endswith("/"): continue
             folder = Path(member).parent.as_posix() if rules.folders.keys() != {""} else ""  # Cityscapes: any folder
@@ -110,73 +105,62 @@ def check_submission(
         for folder, kind in rules.folders.items():
             for frame, name in frames.items():
                 members = inside.get((folder, frame), [])
-                if len(members) != 1:
-                    problems.append(f"{folder}/{name}: ".lstrip("/")
-                        + ("missing" if not members else f"{len(members)} files for it: {', '.join(members)}"))
+                if len(members) == 1:
+                    wrong = _wrong(file.read(members[0]), kind, rules.size)
+                    problems += [f"{members[0]}: {wrong}"] if wrong else []
                 else:
-                    problems += [f"{members[0]}: {p}" for p in _wrong(file.read(members[0]), kind, rules.size)]
+                    many = f"{len(members)} files for it: {', '.join(members)}"
+                    problems.append(f"{folder}/{name}: ".lstrip("/") + (many if members else "missing"))
     _refuse(path.name, problems)
-    return dict(images=len(frames), bytes=bytes_)
+    return dict(images=len(frames), bytes=size)
 
 
 def _wrong(data, kind, size):
-    from PIL import Image
+    "What is wrong with a PNG, or None."
     try:
         image = np.asarray(Image.open(io.BytesIO(data)))
     except (OSError, SyntaxError) as error:
-        return [f"cannot be read as an image ({error})"]
-    wanted = np.uint16 if kind == "confidence" else np.uint8
+        return f"cannot be read as an image ({error})"
+    wanted = np.dtype(np.uint16 if kind == "confidence" else np.uint8)
     if image.ndim != 2 or image.dtype != wanted:
-        return [f"{image.dtype} of shape {image.shape}; wanted is one channel of {np.dtype(wanted).name}"]
-    if image.shape != size:
-        return [f"{image.shape[1]}x{image.shape[0]}; wanted is {size[1]}x{size[0]}"]
-    if kind == "confidence": return []
-    seen = np.flatnonzero(np.bincount(image.ravel(), minlength=256))
-    other = seen[~_ALLOWED[kind][seen]]
-    return [f"value {other[0]} is no {'label id of an evaluated class' if kind == 'labels' else 'trainId'}"] if len(
-        other) else []
+        return f"{image.dtype} of shape {image.shape}; wanted is one channel of {wanted.name}"
+    if image.shape != size: return f"{image.shape[1]}x{image.shape[0]}; wanted is {size[1]}x{size[0]}"
+    other = [] if kind == "confidence" else sorted(set(np.unique(image).tolist()) - _VALUES[kind])
+    if other: return f"value {other[0]} is no {'label id of an evaluated class' if kind == 'labels' else 'trainId'}"
 
 # %% ../../nbs/34_submissions.ipynb #8df7fc31
 def write_submission(
     server: str,  # a key of `SERVERS`
-    predictions,  # a folder of `<name>.png` with trainIds, or an iterable of (name, (H, W) trainIds)
+    predictions: str | Path | Iterable,  # a folder of `<name>.png` with trainIds, or pairs of name and (H, W) trainIds
     dataset: Dataset,  # the test split: says which images there must be
-    archive,  # path of the zip; an existing one is replaced
+    archive: str | Path,  # the zip; an existing one is replaced
     partial: bool = False,  # the dataset may be a part of the test split
 ) -> dict:  # images, bytes
     """Convert predictions to the server's form and pack them.
 
     ValueError with the list of what is missing, doubled or wrong; nothing is written then."""
-    rules, path = _server(server), Path(archive)
-    frames = _frames(rules, dataset, partial)
-    names = {Path(str(n)).name.removesuffix(".png"): frame for frame, n in frames.items()}
+    check_choice("server", server, SERVERS)
+    rules, path = SERVERS[server], Path(archive)
+    left = set(map(_stem, _frames(rules, dataset, partial).values()))
+    known, problems = set(left), []
     if isinstance(predictions, (str, Path)):
         predictions = _from_folder(Path(predictions), dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    done, problems = set(), []
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:  # PNGs are compressed already
             for name, found in predictions:
-                stem = Path(str(name)).name.removesuffix(".png")
-                found = np.asarray(found.cpu() if hasattr(found, "cpu") else found)
-                if stem not in names:
-                    problems.append(f"{name}: no such image in {dataset.name}/{dataset.split}")
-                elif stem in done:
-                    problems.append(f"{name}: came twice")
-                elif found.shape != rules.size:
-                    problems.append(
-                        f"{name}: the prediction is {'x'.join(map(str, found.shape[::-1]))}; the server wants "
-                        f"{rules.size[1]}x{rules.size[0]}")
-                elif not np.issubdtype(found.dtype, np.integer) or found.min() < 0 or found.max() >= len(CLASSES):
-                    problems.append(
-                        f"{name}: {found.dtype} from {found.min()} to {found.max()}; wanted are trainIds, 0 to "
-                        f"{len(CLASSES) - 1}")
+                stem, found = _stem(name), np.asarray(found.cpu() if hasattr(found, "cpu") else found)
+                if stem not in left:
+                    problems.append(f"{name}: " + ("came twice" if stem in known else
+                                                   f"no such image in {dataset.name}/{dataset.split}"))
+                elif wrong := _unfit(found, rules.size):
+                    problems.append(f"{name}: {wrong}")
                 else:
                     for folder, kind in rules.folders.items():
-                        file.writestr(f"{folder}/{frames[names[stem]]}".lstrip("/"), _png(found.astype(np.uint8), kind))
-                done.add(stem)
-        problems += [f"{name}: no prediction" for name in names if name not in done]
+                        file.writestr(f"{folder}/{stem}.png".lstrip("/"), _png(found.astype(np.uint8), kind))
+                left.discard(stem)
+        problems += [f"{_stem(name)}: no prediction" for name in dataset.reader.names if _stem(name) in left]
         _refuse(f"{path.name} was not written", problems)
         result = check_submission(server, temporary, dataset, partial)
         os.replace(temporary, path)
@@ -184,32 +168,31 @@ def write_submission(
         temporary.unlink(missing_ok=True)
     return result
 
-
-def _png(trainids, kind):
-    from PIL import Image
-    pixels = {"labels": lambda: _LABEL_IDS[trainids], "confidence": lambda: np.full(trainids.shape, 65535,
-        np.uint16)}.get(kind, lambda: trainids)()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+# %% ../../nbs/34_submissions.ipynb #811e1994
+def _unfit(found, size):
+    "Why a map of trainIds cannot be sent, or None."
+    if found.shape != size:
+        return f"the prediction is {'x'.join(map(str, found.shape[::-1]))}; the server wants {size[1]}x{size[0]}"
+    if not np.issubdtype(found.dtype, np.integer) or found.min() < 0 or found.max() >= len(CLASSES):
+        return f"{found.dtype} from {found.min()} to {found.max()}; wanted are trainIds, 0 to {len(CLASSES) - 1}"
 
 
 def _from_folder(folder, dataset):
-    "Pairs of name and trainIds, once every image is known to have its file."
+    "Pairs of name and pixels, once every image is known to have its file."
     paths = {name: folder / f"{str(name).removesuffix('.png')}.png" for name in dataset.reader.names}
-    _refuse(str(folder), [f"{p.name}: no such file" for p in paths.values() if not p.is_file()])
-    return ((name, _trainids(path)) for name, path in paths.items())
+    _refuse(str(folder), [f"{path.name}: no such file" for path in paths.values() if not path.is_file()])
+    for name, path in paths.items():
+        try:
+            pixels = np.asarray(Image.open(path))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path}: cannot be read as an image ({error}); predict it again") from None
+        yield name, pixels
 
 
-def _trainids(path):
-    from PIL import Image
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); predict it again") from None
-    if image.mode not in ("L", "P"):
-        raise ValueError(
-            f"{path}: mode {image.mode}; wanted is one channel of 8 bits that holds trainIds, as predict_to_folder "
-            "writes them")
-    return pixels
+def _png(trainids, kind):
+    pixels = _LABEL_IDS[trainids] if kind == "labels" else trainids
+    if kind == "confidence":
+        pixels = np.full(trainids.shape, 65535, np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

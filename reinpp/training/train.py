@@ -11,28 +11,21 @@ import contextlib
 import io
 import json
 import math
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset as TorchDataset, default_collate
 
 from ..data.sampling import fold
-from ..files import BadFile, write_atomically
-from ..models.segmenter import Segmenter
-from reinpp.processes import (
-    all_gather,
-    all_reduce_mean,
-    barrier,
-    get_rank,
-    get_world_size,
-    init_process_group,
-    local_batch_size,
-)
+from ..files import PROGRESS, BadFile, Progress, check_choice, device_name, write_atomically
+from ..processes import all_gather, all_reduce_gradients, barrier, get_rank, init_process_group, local_batch_size
 
 # %% ../../nbs/31_train.ipynb #354d4484
 class _Draws(TorchDataset):
@@ -46,20 +39,33 @@ class _Draws(TorchDataset):
         try:
             return self.objective.sample(key, self.seed)
         except BadFile as error:
-            return error  # for `fit` to raise: out of a worker it would come with a traceback in its message
+            return error  # raised by `_batches`: out of a worker it would come with a traceback in its message
 
 
-def _batch(samples: list) -> dict | BadFile:
+def _stack(samples: list) -> dict | BadFile:
     "Stacked samples, or the first bad file among them."
     return next((sample for sample in samples if isinstance(sample, BadFile)), None) or default_collate(samples)
 
+
+def _batches(objective, done, end, batch_size, share, seed, workers, device):
+    "This process's share of the batches from iteration `done` to `end`, on the device. Raises `BadFile`."
+    first = get_rank() * share
+    keys = [key for start in range(done * batch_size + first, end * batch_size, batch_size)
+            for key in range(start, start + share)]
+    loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_stack,
+                        pin_memory=device.type == "cuda")
+    for batch in loader:
+        if isinstance(batch, BadFile):
+            raise batch
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
 # %% ../../nbs/31_train.ipynb #3cc186c2
 NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "prompts", "tokens_a", "tokens_b",
-    "full_tokens", "adapter.scale")
+            "full_tokens", "adapter.scale")
 
 
 def parameter_groups(
-    named: Iterator[tuple[str, nn.Parameter]],  # names and parameters
+    named: Iterable[tuple[str, nn.Parameter]],  # names and parameters
     lr: float = 1e-4,  # of adapter and head
     backbone_lr: float = 1e-5,  # of `backbone.*`
     weight_decay: float = 0.05,
@@ -75,22 +81,60 @@ def parameter_groups(
         groups.setdefault((rate, decay), []).append(p)
     return [dict(params=ps, lr=rate, weight_decay=decay, initial_lr=rate) for (rate, decay), ps in groups.items()]
 
-
+# %% ../../nbs/31_train.ipynb #466edd77
 def learning_rate(iteration: int, iterations: int, power: float = 0.9, warmup: int = 0) -> float:
     "Factor on the learning rate: linear warm-up, then polynomial decay to 0."
     ramp = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
     return ramp * (1 - iteration / iterations) ** power
 
-# %% ../../nbs/31_train.ipynb #04588757
+# %% ../../nbs/31_train.ipynb #c222677e
 class TrainingError(RuntimeError):
     "Training went wrong in a way that more iterations will not mend."
 
 
+def _check_settings(objective, iterations, batch_size, run_dir, precision, pictures_every, progress):
+    "Nothing comes back. Raises ValueError for what `fit` cannot do."
+    check_choice("precision", precision, ("auto", "bf16", "float32"))
+    check_choice("progress", progress, PROGRESS)
+    if iterations < 1 or batch_size < 1:
+        raise ValueError(f"iterations={iterations}, batch_size={batch_size}: both must be at least 1")
+    if pictures_every is not None and (pictures_every < 1 or not run_dir or not hasattr(objective, "picture")):
+        raise ValueError(f"pictures_every={pictures_every}: give a number from 1 up, a run_dir to write to, and an "
+                         "objective that draws pictures (ReinA)")
+
+
+def _move(objective, device, precision) -> str:
+    "Move the objective to the device and choose how it computes; the precision's name."
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "float32"
+    objective.segmenter.to(device).train()
+    if hasattr(objective, "to"):
+        objective.to(device)
+    half = partial(torch.autocast, device.type, torch.bfloat16)
+    objective.autocast = half if precision == "bf16" else contextlib.nullcontext
+    return precision
+
+# %% ../../nbs/31_train.ipynb #fc789533
+def _step(objective, optimizer, batch, iteration, named, clip, advice) -> dict[str, float]:
+    "The loss terms of a step that was made. Raises TrainingError, with advice, where one is not finite."
+    terms = all_reduce_gradients(named.values(), objective.step(batch, iteration))
+    if clip:
+        torch.nn.utils.clip_grad_norm_(named.values(), clip)
+    terms = {name: float(value) for name, value in terms.items()}
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    if bad:
+        raise TrainingError(f"iteration {iteration}: {', '.join(bad)} is not finite; {advice}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    objective.after_step(iteration)
+    return terms
+
+# %% ../../nbs/31_train.ipynb #04588757
 def fit(
-    objective,  # `Generalize`, `ReinA`, or anything with the same methods
+    objective: Any,  # `Generalize`, `ReinA`, or anything with the same methods
     iterations: int = 40_000,
     batch_size: int = 4,  # samples an iteration, of all processes together
-    run_dir: str | Path | None = None,  # checkpoint, log and record go here; None: nothing is kept
+    run_dir: str | Path | None = None,  # checkpoint, log and pictures go here; None: nothing is kept
     lr: float = 1e-4,  # AdamW, of adapter and head
     backbone_lr: float = 1e-5,  # of the backbone, where it is trained
     weight_decay: float = 0.05,
@@ -103,224 +147,154 @@ def fit(
     device: str | None = None,  # None: the GPU if there is one; under `torchrun` each process takes its own
     checkpoint_every: int = 500,  # iterations
     log_every: int = 50,  # iterations
-    # iterations from one picture of a step (`ReinA.picture`) in run_dir/views/ to the next; None: none. The run does
-    # not depend on it
-    pictures_every: int | None = None,
+    pictures_every: int | None = None,  # iterations from one picture of a step to the next; None: none
     stop_at: int | None = None,  # end this call here, with a checkpoint; a later call goes on
-    progress: str = "auto",  # "bar", "lines", "none"; "auto": a bar on a terminal, a line now and then elsewhere
+    progress: str = "auto",  # "bar", "notebook", "lines", "none"; "auto": what goes with where it runs
 ) -> dict:  # the run's record: iterations, seconds, losses, device, precision, peak memory
     """Train, from the last checkpoint in `run_dir` if there is one.
 
-    Under `torchrun` all processes call this together, with the same weights, and share each batch.
-
-    Raises `ValueError` when the checkpoint belongs to other settings, or when processes cannot share the batch or start
-    differently; `TrainingError` when a loss is not finite in any process, `BadFile` when a sample cannot be read; the
-    last checkpoint stays."""
+    Under `torchrun` all processes call this together, with the same weights, and share each batch. Raises `ValueError`
+    when the checkpoint belongs to other settings, or when processes cannot share the batch or start differently;
+    `TrainingError` when a loss is not finite in any process, `BadFile` when a sample cannot be read; the last
+    checkpoint stays."""
     device = init_process_group(device)
-    rank, world_size = get_rank(), get_world_size()
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "float32"
-    if precision not in ("bf16", "float32"):
-        raise ValueError(f"precision={precision!r}: use 'auto', 'bf16' or 'float32'")
-    if iterations < 1 or batch_size < 1:
-        raise ValueError(f"iterations={iterations}, batch_size={batch_size}: both must be at least 1")
-    share = local_batch_size(batch_size)
-    if pictures_every is not None and (pictures_every < 1 or not run_dir or not hasattr(objective, "picture")):
-        raise ValueError(
-            f"pictures_every={pictures_every}: give a number from 1 up, a run_dir to write to, and an objective "
-            "that draws pictures (ReinA)")
-    objective.segmenter.to(device).train()
-    if hasattr(objective, "to"):
-        objective.to(device)
-    objective.autocast = (
-        lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
+    _check_settings(objective, iterations, batch_size, run_dir, precision, pictures_every, progress)
+    share, precision = local_batch_size(batch_size), _move(objective, device, precision)
     named = dict(objective.named_trainables())
     optimizer = torch.optim.AdamW(parameter_groups(named.items(), lr, backbone_lr, weight_decay))
     settings = dict(objective=type(objective).__name__, iterations=iterations, batch_size=batch_size, lr=lr,
-        backbone_lr=backbone_lr, weight_decay=weight_decay,
-                    power=power, warmup=warmup, clip=clip, seed=seed, precision=precision,
-                    parameters=sum(p.numel() for p in named.values()))
-
-    run = _Run(run_dir, writes=rank == 0)
-    done, seconds, recent = run.resume(objective, optimizer, settings, device)
-    _same_start(objective, done, device)
-    end = min(iterations, stop_at or iterations)
-    keys = [key for start in range(done * batch_size + rank * share, end * batch_size, batch_size)
-        for key in range(start, start + share)]
-    loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_batch,
-        pin_memory=device.type == "cuda", persistent_workers=False)
-    report = _Progress(progress, done, end, rank == 0)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start, since = time.perf_counter(), []
-    for iteration, batch in enumerate(loader, done):
-        if isinstance(batch, BadFile):
-            raise batch
-        factor = learning_rate(iteration, iterations, power, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        if pictures_every and iteration % pictures_every == 0:
-            torch.manual_seed(fold(seed, iteration, 1))  # so that the picture mixes what the step will mix
-            run.picture(objective.picture(batch), iteration)
-        torch.manual_seed(fold(seed, iteration, 1))
-        terms = _together(objective.step(batch, iteration), named, device)
-        if clip:
-            torch.nn.utils.clip_grad_norm_(named.values(), clip)
-        terms = {k: float(v) for k, v in terms.items()}
-        bad = [k for k, v in terms.items() if not math.isfinite(v)]
-        if bad:
-            raise TrainingError(
-                f"iteration {iteration}: {', '.join(bad)} is not finite; the last checkpoint{run.where()} stays; "
-                f"lower lr ({lr}) or use precision='float32'")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        objective.after_step(iteration)
-        recent.append(terms["total"])
-        since.append(terms)
-        last = iteration + 1 == end
-        if (iteration + 1) % log_every == 0 or last:
-            run.log(dict(iteration=iteration + 1, seconds=round(seconds + time.perf_counter() - start, 2),
-                lr=lr * factor,
-                         # a term may begin later
-                         **{k: sum(v) / len(v) for k in terms if (v := [t[k] for t in since if k in t])}))
-            since = []
-        if (iteration + 1) % checkpoint_every == 0 or last:
-            run.save(objective, optimizer, settings, iteration + 1, seconds + time.perf_counter() - start, recent)
-        report(iteration + 1, terms["total"])
-    seconds += time.perf_counter() - start
+                    backbone_lr=backbone_lr, weight_decay=weight_decay, power=power, warmup=warmup, clip=clip,
+                    seed=seed, precision=precision, parameters=sum(p.numel() for p in named.values()))
+    run = _Run(run_dir, objective, optimizer, settings, checkpoint_every, log_every)
+    done, end = run.resume(device), min(iterations, stop_at or iterations)
+    if share < batch_size:
+        _check_same_start(objective, done, device)
+    batches = _batches(objective, done, end, batch_size, share, seed, workers, device)
+    with Progress(end, "iteration", done=done, show="none" if get_rank() else progress) as report:
+        for iteration, batch in enumerate(batches, done):
+            factor = learning_rate(iteration, iterations, power, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            if pictures_every and iteration % pictures_every == 0:
+                torch.manual_seed(fold(seed, iteration, 1))  # so that the picture mixes what the step will mix
+                run.picture(objective.picture(batch), iteration)
+            torch.manual_seed(fold(seed, iteration, 1))
+            terms = _step(objective, optimizer, batch, iteration, named, clip, run.advice())
+            run.add(terms, lr * factor, last=iteration + 1 == end)
+            report.update(loss=terms["total"])
     objective.segmenter.eval()
     barrier()  # for the last checkpoint
-    return dict(settings, **dict(processes=world_size) if world_size > 1 else {}, finished=end == iterations,
-        done=max(done, end), seconds=round(seconds, 1), seconds_per_iteration=seconds / max(1, end),
-                loss_last_1000=sum(recent) / max(1, len(recent)), device=_device_name(device),
-                peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
-
-# %% ../../nbs/31_train.ipynb #53b5212a
-def _same_start(objective, done: int, device: torch.device) -> None:
-    "Raise ValueError, in all processes, if they found different checkpoints or have different weights."
-    if get_world_size() == 1: return
-    tensors = [p.detach() for p in [*objective.segmenter.parameters(), *dict(objective.named_trainables()).values()]
-        if p.is_floating_point() and type(p.data) is torch.Tensor]
-    size = sum(torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors)
-    iterations, sizes = all_gather(torch.tensor([[done, size]], dtype=torch.float64, device=device)).T
-    if iterations.ne(done).any():
-        raise ValueError(
-            f"the processes found checkpoints of iterations {iterations.int().tolist()}: run_dir must be a folder "
-            "that all of them see")
-    if not torch.allclose(sizes, sizes[0], rtol=1e-9):
-        raise ValueError(
-            "the processes start from different weights: call torch.manual_seed before create_segmenter, or load "
-            "the same adapter, in every process")
-
-
-def _together(terms: dict, named: dict, device: torch.device) -> dict:
-    """Means over the processes: of the gradients, which are left in the parameters, and of the loss terms.
-
-    What has a gradient nowhere keeps none."""
-    if get_world_size() == 1: return terms
-    values, found = torch.stack([v.float().to(device) for v in terms.values()]), torch.tensor(
-        [p.grad is not None for p in named.values()], device=device)
-    values, found, *gradients = all_reduce_mean(
-        [values, found, *(torch.zeros_like(p) if p.grad is None else p.grad for p in named.values())])
-    for p, gradient, somewhere in zip(named.values(), gradients, found.tolist()):
-        p.grad = gradient if somewhere else None
-    return dict(zip(terms, values.cpu()))
+    return run.record(end, device, processes=batch_size // share)
 
 # %% ../../nbs/31_train.ipynb #02690b2b
 class _Run:
-    """checkpoint.pt (atomic), log.jsonl (one line an interval) and views/ (pictures) of one run.
+    "How far a training is, and what is kept of it: in a folder, or nowhere."
 
-    Does nothing without a folder."""
-
-    def __init__(self, folder, writes: bool = True):
-        self.folder, self.writes = Path(folder) if folder else None, bool(folder) and writes
+    def __init__(self, folder, objective, optimizer, settings, checkpoint_every, log_every):
+        self.folder = Path(folder) if folder else None
+        self.writes = bool(folder) and get_rank() == 0
+        self.objective, self.optimizer, self.settings = objective, optimizer, settings
+        self.checkpoint_every, self.log_every = checkpoint_every, log_every
+        self.done, self.earlier, self.recent, self.unlogged = 0, 0.0, deque(maxlen=1000), []
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def where(self) -> str:
-        return f" in {self.folder}" if self.folder else ""
-
-    def resume(self, objective, optimizer, settings, device) -> tuple[int, float, deque]:
-        "Iterations done, seconds spent, recent losses; fresh ones when there is no checkpoint."
+    def resume(self, device) -> int:
+        "Iterations that were done before. Raises ValueError where the checkpoint belongs to other settings."
         file = self.folder / "checkpoint.pt" if self.folder else None
-        if not file or not file.exists(): return 0, 0.0, deque(maxlen=1000)
-        state = torch.load(file, map_location=device, weights_only=True)
-        differ = {k: (state["settings"].get(k), v) for k, v in settings.items() if state["settings"].get(k) != v}
-        if differ:
-            key, (theirs, ours) = next(iter(differ.items()))
-            raise ValueError(
-                f"{file} belongs to another configuration: {key} was {theirs!r}, now {ours!r}; use another run_dir "
-                "or delete that one")
-        objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
+        if file and file.exists():
+            state = torch.load(file, map_location=device, weights_only=True)
+            for name, ours in self.settings.items():
+                theirs = state["settings"].get(name)
+                if theirs != ours:
+                    raise ValueError(f"{file} belongs to another configuration: {name} was {theirs!r}, now {ours!r}; "
+                                     "use another run_dir or delete that one")
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.done, self.earlier = state["iteration"], state["seconds"]
+            self.recent.extend(state["recent"])
+            self._shorten_log()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.start = time.perf_counter()
+        return self.done
+
+    def _shorten_log(self):
+        "Drop what was logged after the checkpoint."
         log = self.folder / "log.jsonl"
-        if self.writes and log.exists():  # drop what was logged after the checkpoint
-            lines = [l for l in log.read_text().splitlines() if l.endswith("}")
-                and json.loads(l)["iteration"] <= state["iteration"]]
+        if self.writes and log.exists():
+            lines = [l for l in log.read_text().splitlines() if l.endswith("}") and
+                     json.loads(l)["iteration"] <= self.done]
             write_atomically(log, "".join(l + "\n" for l in lines).encode())
-        return state["iteration"], state["seconds"], deque(state["recent"], maxlen=1000)
 
-    def save(self, objective, optimizer, settings, iteration, seconds, recent) -> None:
-        if not self.writes: return
-        buffer = io.BytesIO()
-        torch.save(dict(objective=objective.state_dict(), optimizer=optimizer.state_dict(), settings=settings,
-            iteration=iteration,
-                        seconds=seconds, recent=list(recent)), buffer)
-        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+    def seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self.start
 
-    def log(self, entry: dict) -> None:
-        if not self.writes: return
+    def advice(self) -> str:
+        return (f"the last checkpoint{f' in {self.folder}' if self.folder else ''} stays; "
+                f"lower lr ({self.settings['lr']}) or use precision='float32'")
+
+# %% ../../nbs/31_train.ipynb #457c81ac
+@patch
+def add(self: _Run, terms: dict, lr: float, last: bool) -> None:
+    "Count an iteration; log and save where it is time to."
+    self.done += 1
+    self.recent.append(terms["total"])
+    self.unlogged.append(terms)
+    if self.writes and (self.done % self.log_every == 0 or last):
+        values = {k: [t[k] for t in self.unlogged if k in t] for k in terms}
+        entry = dict(iteration=self.done, seconds=round(self.seconds(), 2), lr=lr,
+                     **{k: sum(v) / len(v) for k, v in values.items()})
         with open(self.folder / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
-
-    def picture(self, figure, iteration: int) -> None:
-        from matplotlib.pyplot import close
+    if self.done % self.log_every == 0:
+        self.unlogged = []
+    if self.writes and (self.done % self.checkpoint_every == 0 or last):
         buffer = io.BytesIO()
-        if self.writes:
-            figure.savefig(buffer, format="png")
-        close(figure)
-        if not self.writes: return
-        (self.folder / "views").mkdir(exist_ok=True)
+        torch.save(dict(objective=self.objective.state_dict(), optimizer=self.optimizer.state_dict(),
+                        settings=self.settings, iteration=self.done, seconds=self.seconds(),
+                        recent=list(self.recent)), buffer)
+        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+
+
+@patch
+def picture(self: _Run, figure: Any, iteration: int) -> None:
+    "Keep a matplotlib figure in views/, and close it."
+    from matplotlib.pyplot import close
+    if self.writes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
         write_atomically(self.folder / "views" / f"{iteration:06d}.png", buffer.getvalue())
+    close(figure)
 
 
-class _Progress:
-    "A tqdm bar on a terminal; elsewhere about ten quiet lines with the time left."
+@patch
+def record(self: _Run, end: int, device: torch.device, processes: int) -> dict:
+    "What a ledger keeps of the run."
+    seconds = self.seconds()
+    return dict(self.settings, **dict(processes=processes) if processes > 1 else {},
+                finished=end == self.settings["iterations"], done=self.done, seconds=round(seconds, 1),
+                seconds_per_iteration=seconds / max(1, end),
+                loss_last_1000=sum(self.recent) / max(1, len(self.recent)), device=device_name(device),
+                peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
 
-    def __init__(self, kind: str, done: int, end: int, speaks: bool = True):
-        if kind not in ("auto", "bar", "lines", "none"):
-            raise ValueError(f"progress={kind!r}: use 'auto', 'bar', 'lines' or 'none'")
-        if not speaks:
-            kind = "none"
-        if kind == "auto":
-            kind = "bar" if sys.stderr.isatty() else "lines"
-        self.kind, self.done, self.end, self.start = kind, done, end, time.perf_counter()
-        self.every = max(1, (end - done) // 10)
-        if kind == "bar":
-            from tqdm import tqdm
-            self.bar = tqdm(total=end, initial=done, unit="it")
-
-    def __call__(self, iteration: int, loss: float) -> None:
-        if self.kind == "bar":
-            self.bar.update(1)
-            self.bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
-            if iteration == self.end:
-                self.bar.close()
-        elif self.kind == "lines" and ((iteration - self.done) % self.every == 0 or iteration == self.end):
-            each = (time.perf_counter() - self.start) / (iteration - self.done)
-            print(f"iteration {iteration:6d}/{self.end}  loss {loss:7.3f}  {each:.2f} s each, {each * (self.end - iteration) / 60:.1f} min left", flush=True)
-
-
-def _device_name(device: torch.device) -> str:
-    "A name that a table's footer can show."
-    import platform
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+# %% ../../nbs/31_train.ipynb #53b5212a
+def _check_same_start(objective, done, device):
+    "Nothing comes back. Raises ValueError, in all processes, for different checkpoints or different weights."
+    tensors = [p.detach() for p in (*objective.segmenter.parameters(), *dict(objective.named_trainables()).values())
+               if p.is_floating_point() and type(p.data) is torch.Tensor]
+    size = sum(torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors)
+    iterations, sizes = all_gather(torch.tensor([[done, size]], dtype=torch.float64, device=device)).T
+    if iterations.ne(done).any():
+        raise ValueError(f"the processes found checkpoints of iterations {iterations.int().tolist()}: run_dir must be "
+                         "a folder that all of them see")
+    if not torch.allclose(sizes, sizes[0], rtol=1e-9):
+        raise ValueError("the processes start from different weights: call torch.manual_seed before "
+                         "create_segmenter, or load the same adapter, in every process")
 
 # %% ../../nbs/31_train.ipynb #4e80bc7f
 def loading_speed(
-    dataset,  # anything that `dataset[i]` reads
+    dataset: Any,  # what `dataset[i]` reads is image, label, name
     transform: Callable = lambda *sample: sample,  # of (image, label); none: reading alone
     seconds: float = 1.,  # processor seconds to measure for; at least one sample is read
 ) -> float:  # samples a second and core
@@ -343,7 +317,7 @@ def workers_needed(
 
 # %% ../../nbs/31_train.ipynb #74d0a8c7
 def adapt_each(
-    segmenter: Segmenter,  # with the weights that every adaptation starts from
+    segmenter: nn.Module,  # with the weights that every adaptation starts from
     targets: dict,  # name -> unlabelled Dataset
     objective: Callable,  # (segmenter, target) -> what `fit` is to run, e.g. a `ReinA`
     folder: str | Path,  # gets <name>/adapter, and <name>/checkpoint.pt and log.jsonl
