@@ -12,7 +12,7 @@ from benchmarks.levers import LEVERS, Sizes, compare
 
 from reinpp.models.mask2former import open_rows
 from reinpp.models.segmenter import tiny_segmenter
-from reinpp.paper.costs import Job, Row, by_device, paper_costs, ratios, records
+from reinpp.paper.costs import Job, Row, paper_costs, ratios, records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(model=dict(backbone_args=dict(depth=4), image_size=64), data=dict(crop=64, num_points=64, limit=8))
@@ -126,21 +126,19 @@ def record(date, device="A card", kind="cuda", threads=2, gigabytes=4e9):
 
 
 def test_tables_show_the_newest_record_of_each_device(tmp_path):
-    assert records(tmp_path / "none") == [] and by_device(ratios, tmp_path / "none") is None
+    assert records(tmp_path / "none") == {}
     for r in (record("2030-01-02"), record("2030-01-01", gigabytes=9e9), record("2029-01-01", "A processor", "cpu")):
         save(r, tmp_path)
-    newest = [("A processor", "2029-01-01"), ("A card", "2030-01-02")]
-    assert [(r["device"], r["date"]) for r in records(tmp_path)] == newest
-    seven, twelve = (by_device(lambda r, n=n: paper_costs(r, n), tmp_path) for n in (7, 12))
-    card = seven.loc["A card, 2030-01-02"].loc["DINOv2 (Large)"]
-    assert card.loc["Rein-G"].here.tolist() == ["bf16 0.10 s, 4.0 GB"]
-    assert "not measured here" in card.loc["Full"].here.tolist()
-    assert twelve.loc["A card, 2030-01-02"].loc[("DINOv2 (Large)", "Rein-A")].here.tolist() == ["bf16 0.20 s, 4.0 GB"]
-    assert "A processor, 2 threads, 2029-01-01" in twelve.index.get_level_values("measured on")
-    found = by_device(lambda r: ratios(r, ("rein_a",)), tmp_path)
-    assert found.loc[("A card, 2030-01-02", "dinov2_large_rein_a"), "time"] == 3
-    assert "dinov2_large_rein_g" not in found.index.get_level_values("row")
-    assert by_device(lambda r: ratios(r, ("full",)), tmp_path) is None
+    found = records(tmp_path)
+    assert list(found) == ["A processor, 2 threads, 2029-01-01", "A card, 2030-01-02"]
+    assert [r["device"] for r in found.values()] == ["A processor", "A card"]
+    card = found["A card, 2030-01-02"]
+    seven, twelve = (paper_costs(card, number).loc["DINOv2 (Large)"] for number in (7, 12))
+    assert seven.loc["Rein-G"].here.tolist() == ["bf16 0.10 s, 4.0 GB"]
+    assert "not measured here" in seven.loc["Full"].here.tolist()
+    assert twelve.loc["Rein-A"].here.tolist() == ["bf16 0.20 s, 4.0 GB"]
+    measured = ratios(card, ("rein_a",))
+    assert measured.loc["dinov2_large_rein_a", "time"] == 3 and "dinov2_large_rein_g" not in measured.index
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["kind"] == "bench"
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'Row', 'synthetic_batch', 'Job', 'Clock', 'seconds_of', 'KeptForBackward', 'kept_bytes', 'operations',
-           'records', 'by_device', 'ratios', 'paper_costs']
+           'records', 'ratios', 'paper_costs']
 
 # %% ../../nbs/51_costs.ipynb #bfa82284
 import contextlib
@@ -58,9 +58,10 @@ class Row:
 _BATCHES = {"dinov2_large": dict(full=4, rein_g=4, rein_a=1, inference=4),  # of Tables VII and XII
     "dinov2_giant": dict(full=2, rein_g=4, rein_a=1), "internvl_6b": dict(rein_g=4, rein_a=1)}
 ROWS = {f"tiny_{what}": Row(what, batch=2) for what in ("rein_g", "rein_a", "inference")}
-ROWS |= {f"{backbone}_{what}": Row(what, "paper", batch, dict(backbone=backbone), gpu=True, reference=what != "full")
-    for backbone, batches in _BATCHES.items() for what, batch in batches.items()}
-_HELD = {hold: dict(backbone="internvl_6b", backbone_args=dict(hold=hold)) for hold in ("bf16", "int8", "int4")}
+ROWS |= {f"{backbone}_{what}": Row(what, "paper", batch, dict(backbone=backbone), gpu=True,
+    reference=what != "full") for backbone, batches in _BATCHES.items() for what, batch in batches.items()}
+_HELD = {hold: dict(backbone="internvl_6b", backbone_args=dict(hold=hold))
+    for hold in ("bf16", "int8", "int4")}
 ROWS["internvl_6b_rein_g"] = Row("rein_g", "paper", 4, _HELD["bf16"], gpu=True, reference=False)
 ROWS |= {f"internvl_6b_rein_a_{hold}": Row("rein_a", "paper", 1, model, gpu=True, reference=False)
     for hold, model in _HELD.items()}
@@ -81,7 +82,7 @@ def synthetic_batch(row: Row, device: torch.device) -> dict[str, torch.Tensor]:
         limit, line = row.sizes["limit"], torch.arange(crop // 4)
         start = torch.randint(0, len(line) // 2, (2, images, limit, 2), generator=draw)
         end = start + torch.randint(max(2, len(line) // 16), len(line) // 2, start.shape, generator=draw)
-        inside = (line >= start[..., None]) & (line < end[..., None])  # source and target, image, mask, axis, cell
+        inside = (line >= start[..., None]) & (line < end[..., None])  # (2, images, limit, axes, cells)
         source_masks, target_masks = pack(inside[..., 0, :, None] & inside[..., 1, None, :])
         made = dict(source=made["image"], source_label=label, source_masks=source_masks, target=picture(),
             target_inside=torch.ones_like(label, dtype=torch.bool), target_masks=target_masks)
@@ -97,26 +98,27 @@ class Job:
         precision: str = "float32",  # bf16: by autocast
         device: torch.device = torch.device("cpu"),
     ):
-        self.row, self.precision, self.device, self.batch = row, precision, device, synthetic_batch(row, device)
+        self.row, self.device, self.batch = row, device, synthetic_batch(row, device)
         torch.manual_seed(0)
         with torch.device(device):
             self.objective = self.make()
         self.objective.to(device)
-        self.objective.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+        rounded = precision == "bf16"
+        self.objective.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=rounded)
         self.model, self.stm = self.objective.segmenter, getattr(self.objective, "stm", None)
         self.model.train(row.what != "inference")
         self.optimizer = None if row.what == "inference" else torch.optim.AdamW(self.trained(), lr=1e-6)
 
     def make(self):
         "The objective that the row trains, from random weights."
-        preset, sizes = PRESETS[self.row.preset], self.row.sizes
+        what, preset, sizes = self.row.what, PRESETS[self.row.preset], self.row.sizes
         changes = dict(pretrained=False) | self.row.model
-        if self.row.what == "full":
+        if what == "full":
             head_args = dict(num_queries=100) | preset.model.get("head_args", {})
             changes |= dict(adapter="full", adapter_args={}, head_args=head_args)
         segmenter = create_segmenter(**preset.model | changes)
         unused = open_dataset("scenes", "train", labels=False, count=1)  # a step is given its batch
-        if self.row.what != "rein_a": return Generalize(segmenter, unused, None, num_points=sizes["num_points"])
+        if what != "rein_a": return Generalize(segmenter, unused, None, num_points=sizes["num_points"])
         options = {k: v for k, v in preset.adaptation.items() if k not in ("engine", "reduction", "stm")}
         options |= dict(stm_warmup=0, stm_least=0.0, limit=sizes["limit"], patience=10**9)
         return ReinA(segmenter, unused, unused, TrainTransform(crop=sizes["crop"]), unused, unused, rcs=False,
@@ -173,14 +175,14 @@ def seconds_of(step: Callable, device: torch.device) -> float:
 
 # %% ../../nbs/51_costs.ipynb #888b67c7
 class KeptForBackward(torch.autograd.graph.saved_tensors_hooks):
-    "A context that counts the bytes which graphs keep for their backward: `peak` at one time, and `total` of all."
+    "A context that counts the bytes which graphs keep for backward: `peak` at one time, and `total` of all."
 
     def __init__(
         self,
         ignored=(),  # tensors that are there anyway: parameters and inputs
     ):
         super().__init__(self._keep, lambda tensor: tensor)
-        self.held = {t.untyped_storage(): 1 for t in ignored if type(t) in (torch.Tensor, torch.nn.Parameter)}
+        self.held = {_storage(tensor): 1 for tensor in ignored}
         self.now = self.peak = self.total = 0
 
     def __enter__(self) -> "KeptForBackward":
@@ -188,9 +190,8 @@ class KeptForBackward(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _keep(self, tensor):
-        alias = tensor.detach()  # lives as long as the graph wants it
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # packed weights are no activations
-            storage = tensor.untyped_storage()
+        alias, storage = tensor.detach(), _storage(tensor)  # the alias lives as long as the graph wants it
+        if storage is not None:
             if storage not in self.held:
                 self.now, self.total = self.now + storage.nbytes(), self.total + storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -205,10 +206,16 @@ class KeptForBackward(torch.autograd.graph.saved_tensors_hooks):
             self.now -= storage.nbytes()
 
 
+def _storage(tensor):
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # packed weights have none
+        return tensor.untyped_storage()
+
+
 def kept_bytes(job: Job) -> KeptForBackward:
     "What the graphs of one step of a job keep."
     modules = [m for m in (job.model, job.stm) if m is not None]
-    with KeptForBackward([*(t for m in modules for t in (*m.parameters(), *m.buffers())), *job.batch.values()]) as kept:
+    there = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    with KeptForBackward([*there, *job.batch.values()]) as kept:
         job.run()
     return kept
 
@@ -223,22 +230,14 @@ def operations(job: Job) -> int | None:
 # %% ../../nbs/51_costs.ipynb #e7e39418
 def records(
     folder: str | Path | None = None,  # of the benchmark's records; None: data/results/bench
-) -> list[dict]:
-    "The newest record of each device and number of threads, by date; none at all is an empty list."
-    folder = Path(folder) if folder else data_folder() / "results" / "bench"
-    found = sorted((json.loads(file.read_text()) for file in folder.glob("*.json")), key=lambda r: r["date"])
-    return sorted({(r["device"], r["threads"]): r for r in found}.values(), key=lambda r: r["date"])
-
-
-def by_device(
-    table: Callable,  # of a record: a pandas table
-    folder: str | Path | None = None,  # of the records; None: data/results/bench
-) -> pd.DataFrame | None:
-    "A table of each record, one block for a device; None where it would have no lines."
-    tables = {", ".join([r["device"], *[f"{r['threads']} threads"] * (r["device_type"] == "cpu"), r["date"]]): table(r)
-        for r in records(folder)}
-    tables = {device: lines for device, lines in tables.items() if len(lines)}
-    return pd.concat(tables, names=["measured on"]) if tables else None
+) -> dict[str, dict]:  # where and when -> record
+    "The newest record of each device (of CPUs also: of each number of threads), by date."
+    folder, newest = Path(folder) if folder else data_folder() / "results" / "bench", {}
+    for r in sorted((json.loads(file.read_text()) for file in folder.glob("*.json")), key=lambda r: r["date"]):
+        where = f"{r['device']}, {r['threads']} threads" if r["device_type"] == "cpu" else r["device"]
+        newest.pop(where, None)  # so that the order is that of the dates
+        newest[where] = r
+    return {f"{where}, {r['date']}": r for where, r in newest.items()}
 
 
 def ratios(
