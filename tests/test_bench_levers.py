@@ -1,4 +1,5 @@
-"Levers that stay change no result: float32 to 1e-5, bfloat16 within what another seed changes. And the records that tables VII and XII show."
+"""Levers that stay change no result: float32 to 1e-5, bfloat16 within what another seed changes. And the records that
+tables VII and XII show."""
 import copy
 import json
 import shutil
@@ -6,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.bench import save
+from benchmarks.levers import LEVERS, Sizes, compare
 
 from reinpp.models.mask2former import open_rows
-from reinpp.models.segmenter import create_segmenter
-from reinpp.paper import bench as module
-from reinpp.paper.bench import LEVERS, Job, Row, Sizes, beside_ratios, beside_table, records, save
+from reinpp.models.segmenter import tiny_segmenter
+from reinpp.paper.costs import Job, Row, paper_costs, ratios, records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(model=dict(backbone_args=dict(depth=4), image_size=64), data=dict(crop=64, num_points=64, limit=8))
@@ -21,36 +23,36 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def segmenter_like_a_trained_one():
-    segmenter = create_segmenter("tiny", num_classes=5, image_size=64, pretrained=False, backbone_args=dict(depth=4),
-        adapter_args=dict(num_tokens=10, rank=4),
-                                 head_args=dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32,
-                                 decoder_ffn=32, num_heads=4))
+    segmenter = tiny_segmenter(num_classes=5, backbone_args=dict(depth=4))
     with torch.no_grad():
         segmenter.adapter.scale.fill_(.5)
     return segmenter
 
 
-@pytest.mark.parametrize("name", ["fused attention", "masked attention through a fused kernel",
-"gradient checkpointing per block", "teacher without a graph"])
+PLAIN = ["fused attention", "masked attention through a fused kernel", "gradient checkpointing per block",
+    "teacher without a graph"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_results_are_those_of_the_plain_path(name):
     measure, _ = LEVERS[name]
     found = measure(CPU, SIZES)
-    assert set(found["seconds"]) == {"without", "given"} and found["bytes"]["given"] <= found["bytes"][
-        "without"] and found["difference"] < 1e-5
+    assert set(found["seconds"]) == {"without", "given"} and found["difference"] < 1e-5
+    assert found["bytes"]["given"] <= found["bytes"]["without"]
 
 
 def test_differences_are_seen():
     def way(factor):
         return [factor * torch.ones(3, requires_grad=True), torch.zeros(2)]
-    assert module._compare(CPU, 1, without=lambda: way(1.0),
-        given=lambda: way(1.5))["difference"] == pytest.approx(1 / 3)
-    assert module._compare(CPU, 1, without=lambda: None, given=lambda: None)["difference"] is None
+    found = compare(CPU, 1, without=lambda: way(1.0), given=lambda: way(1.5))
+    assert found["difference"] == pytest.approx(1 / 3)
+    assert compare(CPU, 1, without=lambda: None, given=lambda: None)["difference"] is None
 
 
 def test_the_plain_masked_attention_would_be_nan_without_open_rows():
     nothing = torch.zeros(1, 1, 2, 4, dtype=torch.bool)
-    assert open_rows(nothing).all() and torch.zeros(1, 1, 2, 4).masked_fill(~nothing,
-        -torch.inf).softmax(-1).isnan().all()
+    assert open_rows(nothing).all()
+    assert torch.zeros(1, 1, 2, 4).masked_fill(~nothing, -torch.inf).softmax(-1).isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -83,26 +85,25 @@ def test_prediction_in_bf16():
     rounded = segmenter.predict(images, 64, precision="bf16")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(segmenter.predict(images, 64), rounded)
-        assert torch.equal(segmenter.predict(images, 64, precision="float32"),
-            exact), "said here, it holds whatever is around"
+        again = segmenter.predict(images, 64, precision="float32")
+    assert torch.equal(again, exact), "said here, it holds whatever is around"
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().mean() < .2 * exact.mean()
     with pytest.raises(ValueError, match="precision='fp8': use bf16, float32 or None"):
         segmenter.predict(images, precision="fp8")
 
 
 def losses_of(precision, seed, steps=100):
-    "The losses of a short training on one batch, points drawn anew in every step."
+    "The losses of a short training on one batch, points drawn anew in every step; the mean of each quarter."
     job = Job(Row("rein_g", **SMALL), precision=precision)
     for group in job.optimizer.param_groups:
         group["lr"] = 1e-3
     found = []
-    with module.arithmetic(precision, CPU) as autocast:
-        for step in range(steps):
-            torch.manual_seed(1000 * seed + step)
-            found.append(job._forward_backward(autocast))
-            job.optimizer.step()
-            job.optimizer.zero_grad()
-    return torch.stack(found).view(4, -1).mean(1)  # of every quarter
+    for step in range(steps):
+        torch.manual_seed(1000 * seed + step)
+        found.append(job.objective.step(job.batch, step)["total"])
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+    return torch.stack(found).view(4, -1).mean(1)
 
 
 def test_bf16_learns_as_float32_does():
@@ -118,37 +119,37 @@ def record(date, device="A card", kind="cuda", threads=2, gigabytes=4e9):
     def made(row, what, path, batch, seconds):
         return dict(row=row, what=what, path=path, precision="bf16", batch=batch, seconds=seconds, fastest=seconds,
             slowest=seconds, peak_memory=gigabytes, kept_bytes=1, operations=1)
-    rows = [made("dinov2_large_rein_g", "rein_g", path, 4, s) for path,
-        s in (("ours", .1), ("reference", .4))] + [made("dinov2_large_rein_a", "rein_a", path, 1, s) for path,
-        s in (("ours", .2), ("reference", .6))]
+    rows = [made("dinov2_large_rein_g", "rein_g", path, 4, s) for path, s in (("ours", .1), ("reference", .4))]
+    rows += [made("dinov2_large_rein_a", "rein_a", path, 1, s) for path, s in (("ours", .2), ("reference", .6))]
     return dict(kind="bench", device=device, device_type=kind, threads=threads, date=date, commit="0", versions={},
         peak_speed={}, rows=rows, levers=[])
 
 
 def test_tables_show_the_newest_record_of_each_device(tmp_path):
-    assert records(tmp_path / "none") == [] and beside_table(7,
-        tmp_path / "none") is None and beside_ratios(tmp_path / "none") is None
+    assert records(tmp_path / "none") == {}
     for r in (record("2030-01-02"), record("2030-01-01", gigabytes=9e9), record("2029-01-01", "A processor", "cpu")):
         save(r, tmp_path)
-    assert [(r["device"], r["date"]) for r in records(tmp_path)] == [("A processor", "2029-01-01"),
-        ("A card", "2030-01-02")]
-    seven, twelve = beside_table(7, tmp_path), beside_table(12, tmp_path)
-    card = seven.loc["A card, 2030-01-02"].loc["DINOv2 (Large)"]
-    assert card.loc["Rein-G"].here.tolist() == ["bf16 0.10 s, 4.0 GB"] and "not measured here" in card.loc[
-        "Full"].here.tolist()
-    assert twelve.loc["A card, 2030-01-02"].loc[("DINOv2 (Large)", "Rein-A")].here.tolist() == ["bf16 0.20 s, 4.0 GB"]
-    found = beside_ratios(tmp_path, ("rein_a",))
-    assert found.loc[("A card, 2030-01-02", "dinov2_large_rein_a"),
-        "time"] == 3 and "dinov2_large_rein_g" not in found.index.get_level_values("row")
+    found = records(tmp_path)
+    assert list(found) == ["A processor, 2 threads, 2029-01-01", "A card, 2030-01-02"]
+    assert [r["device"] for r in found.values()] == ["A processor", "A card"]
+    card = found["A card, 2030-01-02"]
+    seven, twelve = (paper_costs(card, number).loc["DINOv2 (Large)"] for number in (7, 12))
+    assert seven.loc["Rein-G"].here.tolist() == ["bf16 0.10 s, 4.0 GB"]
+    assert "not measured here" in seven.loc["Full"].here.tolist()
+    assert twelve.loc["Rein-A"].here.tolist() == ["bf16 0.20 s, 4.0 GB"]
+    measured = ratios(card, ("rein_a",))
+    assert measured.loc["dinov2_large_rein_a", "time"] == 3 and "dinov2_large_rein_g" not in measured.index
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["kind"] == "bench"
 
 
-@pytest.mark.parametrize(
-"page, row, ratio", [("table7", "bf16 0.10 s, 4.0 GB", 4), ("table12", "bf16 0.20 s, 4.0 GB", 3)])
+SHOWN = [("table7", "bf16 0.10 s, 4.0 GB", 4), ("table12", "bf16 0.20 s, 4.0 GB", 3)]
+
+
+@pytest.mark.parametrize("page, row, ratio", SHOWN)
 def test_the_pages_show_the_record(page, row, ratio, tmp_path):
     cells = json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text())["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    first = next(i for i, source in enumerate(sources) if "beside_table(" in source)
+    first = next(i for i, source in enumerate(sources) if "paper_costs(" in source)
     assert first == len(sources) - 2
 
     def shown(folder):

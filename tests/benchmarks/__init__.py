@@ -1,0 +1,1 @@
+"Seconds, memory and operations of a step, beside a plain composition of the same method."
