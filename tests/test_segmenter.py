@@ -10,7 +10,6 @@ import torch
 from reinpp.files import data_folder, write_together
 from reinpp.models.adapter_files import pull_adapter, push_adapter, read_adapter
 from reinpp.models.baselines import ADAPTERS
-from reinpp.models.losses import segmentation_loss
 from reinpp.models.segmenter import create_segmenter, load_segmenter, window_starts
 
 SMALL = dict(hidden_dim=64, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_heads=4)
@@ -35,7 +34,7 @@ def train_a_step(segmenter):
     labels = torch.randint(0, 5, (2, 64, 96), generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.SGD([p for p in segmenter.parameters() if p.requires_grad], lr=1e-2)
     torch.manual_seed(5)  # of the points
-    segmentation_loss(segmenter.train()(IMAGES), labels, 5, 64)["total"].backward()
+    segmenter.train()(IMAGES).loss(labels, 5, 64)["total"].backward()
     torch.nn.utils.clip_grad_norm_(segmenter.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

@@ -7,50 +7,45 @@ __all__ = ['mask_boxes', 'pool_under', 'STM']
 
 # %% ../../nbs/44_stm.ipynb #f13ec3e9
 import torch
-import torch.nn.functional as F
-from torch import nn
+from fastcore.basics import patch
+from torch import Tensor, nn
 
 from ..models.mask2former import HeadOutput, MaskedDecoder, PixelDecoder, sine_position
+from ..models.segmenter import Segmenter
 
 # %% ../../nbs/44_stm.ipynb #6b5aeb8a
 def mask_boxes(
-    masks: torch.Tensor,  # (..., h, w) bool
-) -> torch.Tensor:
-    """Bounding boxes (..., 4) of masks: left, top, right, bottom as fractions of the width and height, ends exclusive.
-
-    0 for an empty mask."""
+    masks: Tensor,  # (..., h, w) bool
+) -> Tensor:  # (..., 4): left, top, right, bottom as fractions of the width and height, ends exclusive
+    "Bounding boxes of masks; 0 for an empty one."
     sides = []
     for axis in (-2, -1):  # any() over rows leaves columns: x first
         line = masks.any(axis)
-        size = line.shape[-1]
+        size, some = line.shape[-1], line.any(-1)
         place = torch.arange(size, device=masks.device)
-        some = line.any(-1)
-        sides.append(
-            (torch.where(line, place, size).amin(-1) * some / size, torch.where(line, place + 1, 0).amax(-1) / size))
-    (left, right), (top, bottom) = sides
-    return torch.stack([left, top, right, bottom], -1)
+        first, last = torch.where(line, place, size).amin(-1), torch.where(line, place + 1, 0).amax(-1)
+        sides.append((first * some / size, last / size))
+    return torch.stack([side[end] for end in (0, 1) for side in sides], -1)
 
 
 def pool_under(
-    masks: torch.Tensor,  # (B, P, h, w) bool
-    maps: torch.Tensor,  # (B or 1, C, h, w)
-) -> torch.Tensor:
-    "Mean of a map under each mask: (B, P, C); 0 for an empty mask."
+    masks: Tensor,  # (B, P, h, w) bool
+    maps: Tensor,  # (B or 1, C, h, w)
+) -> Tensor:  # (B, P, C)
+    "Mean of a map under each mask; 0 for an empty mask."
     flat = masks.flatten(2).to(maps.dtype)
     return flat @ maps.flatten(2).transpose(1, 2) / flat.sum(-1, keepdim=True).clamp(min=1)
 
 # %% ../../nbs/44_stm.ipynb #119aa8a7
 class STM(nn.Module):
-    """Semantic Transfer Module (Sec. V-C): a mask-classification head whose queries are proposals.
-
-    Its input is the teacher's features, without gradient."""
+    "Semantic Transfer Module (Sec. V-C): a mask-classification head whose queries are proposals."
 
     def __init__(
         self,
         in_channels: int,  # channels of the backbone's feature maps
         num_classes: int = 19,  # K
         hidden_dim: int = 256,  # channels of queries and maps
-        scales: tuple = (4, 2, 1, 0.5),  # from the patch grid to strides 4, 8, 16, 32
+        scales: tuple[float, float, float, float] = (4, 2, 1, 0.5),  # from the patch grid to strides 4, 8, 16, 32
         encoder_layers: int = 6,  # deformable layers of its own pixel decoder
         decoder_layers: int = 3,  # there is one prediction more
         num_heads: int = 8,  # of both
@@ -59,51 +54,46 @@ class STM(nn.Module):
         decoder_ffn: int = 2048,  # feed-forward width of the decoder
     ):
         super().__init__()
-        self.num_classes = num_classes
-        self.pixel_decoder = PixelDecoder(in_channels, hidden_dim, scales, encoder_layers, num_heads, num_points,
-            encoder_ffn)
+        self.pixel_decoder = PixelDecoder(
+            in_channels, hidden_dim, scales, encoder_layers, num_heads, num_points, encoder_ffn)
         self.what = nn.Linear(hidden_dim, hidden_dim)
         self.where = nn.Linear(hidden_dim + 4, hidden_dim)
         self.decoder = MaskedDecoder(num_classes, hidden_dim, decoder_layers, num_heads, decoder_ffn)
 
-    def forward(
-        self,
-        features: list,  # four maps (B, in_channels, h, w) at the patch stride: the teacher's, detached
-        proposals: torch.Tensor,  # (B, P, H/4, W/4) bool
-        padding: torch.Tensor,  # (B, P) bool: True = no proposal, see `proposals.pad`
-    ) -> HeadOutput:
-        """decoder_layers + 1 predictions for P queries, with `padding` set.
+# %% ../../nbs/44_stm.ipynb #99a2db45
+@patch
+def forward(
+    self: STM,
+    features: list[Tensor],  # M_Backbone(x): four maps (B, in_channels, h, w), the teacher's, detached
+    proposals: Tensor,  # m: (B, P, H/4, W/4) bool
+    padding: Tensor,  # (B, P) bool: True = no proposal, see `masks.pad`
+) -> HeadOutput:  # decoder_layers + 1 predictions for P queries, with `padding` set
+    "Eq. 17. Raises ValueError if the proposals are not on the stride-4 grid."
+    mask_features, maps = self.pixel_decoder(features)
+    size = mask_features.shape[-2:]
+    if proposals.shape[-2:] != size:
+        raise ValueError(f"STM: proposals on a grid of {tuple(proposals.shape[-2:])}, mask features of {tuple(size)}: "
+                         "warp them to stride 4 of the same crop")
+    sine = sine_position(*size, mask_features.shape[1], mask_features.device).T.unflatten(1, size)
+    query = self.what(pool_under(proposals, mask_features))  # what it is
+    position = self.where(torch.cat([pool_under(proposals, sine[None]), mask_boxes(proposals)], -1))  # where it is
+    return self.decoder(mask_features, maps, query, position, first_mask=proposals, padding=padding)
 
-        Raises ValueError if the proposals are not on the stride-4 grid."""
-        mask_features, maps = self.pixel_decoder(features)
-        if proposals.shape[-2:] != mask_features.shape[-2:]:
-            raise ValueError(
-                f"STM: proposals on a grid of {tuple(proposals.shape[-2:])}, mask features of "
-                f"{tuple(mask_features.shape[-2:])}: warp them to stride 4 of the same crop")
-        height, width = proposals.shape[-2:]
-        sine = sine_position(height, width, mask_features.shape[1], mask_features.device).T.unflatten(1,
-            (height, width))
-        query = self.what(pool_under(proposals, mask_features))
-        position = self.where(torch.cat([pool_under(proposals, sine[None]), mask_boxes(proposals)], -1))
-        # a pole must not vanish on the coarse grid
-        look = F.adaptive_max_pool2d(proposals.float(), maps[0].shape[-2:]) > 0
-        return self.decoder(mask_features, maps, query, position, first_mask=look, padding=padding)
-
-    @classmethod
-    def like(
-        cls,
-        segmenter,  # a `Segmenter` with a Mask2Former head
-        # start from a copy of the head's weights where names and sizes agree; beyond the paper, for short schedules
-        from_head: bool = False,
-        **changes,  # what is to differ, e.g. decoder_layers
-    ) -> "STM":
-        "An STM that fits a segmenter: the same features, classes and widths as its head, 3 decoder layers."
-        head, own = segmenter.head, ("decoder_layers", "num_queries", "linked")
-        widths = {key: value for key, value in segmenter.config["head_args"].items() if key not in own}
-        stm = cls(head.pixel_decoder.in_channels, head.num_classes, scales=head.pixel_decoder.scales, **widths
-            | changes)
-        if from_head:
-            own = stm.state_dict()
-            stm.load_state_dict({n: v for n, v in head.state_dict().items() if n in own and own[n].shape == v.shape},
-                strict=False)
-        return stm
+# %% ../../nbs/44_stm.ipynb #39b3372e
+@patch(cls_method=True)
+def like(
+    cls: STM,
+    segmenter: Segmenter,  # with a Mask2Former head
+    from_head: bool = False,  # start from the head's weights where names and sizes agree; beyond the paper
+    **changes,  # what is to differ, e.g. decoder_layers
+) -> STM:
+    "An STM that fits a segmenter: the same features, classes and widths as its head, 3 decoder layers."
+    head, own = segmenter.head, ("decoder_layers", "num_queries", "linked")
+    widths = {key: value for key, value in segmenter.config["head_args"].items() if key not in own}
+    pixels = head.pixel_decoder
+    stm = cls(pixels.in_channels, head.num_classes, scales=pixels.scales, **widths | changes)
+    if from_head:
+        own = stm.state_dict()
+        same = {n: v for n, v in head.state_dict().items() if n in own and own[n].shape == v.shape}
+        stm.load_state_dict(same, strict=False)
+    return stm

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..adaptation.masks import compose, pack, pad, unpack
-from ..adaptation.rein_a import ReinA, pseudo_label, stm_label
+from ..adaptation.rein_a import Adaptation, ReinA, pseudo_label, stm_label
 from ..adaptation.stm import STM
 from ..data.transforms import TrainTransform, hide_blocks, mix_images
 from ..files import data_folder, write_atomically
@@ -36,7 +36,7 @@ from ..labels import CLASSES, IGNORE
 from ..models import losses
 from ..models.backbones import extract_features, held_bytes
 from ..models.losses import match, normalized_score_loss, paired_loss, point_sample, targets_from_labels
-from ..models.mask2former import HeadOutput, Mask2Former, open_rows, semantic_scores
+from ..models.mask2former import HeadOutput, Mask2Former, open_rows
 from ..models.rein_g import ReinG
 from ..models.segmenter import Segmenter, create_segmenter
 from .experiments import PRESETS
@@ -323,9 +323,7 @@ class Plain(nn.Module):
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] -> scores (B, K, H, W)."
-        out = self(images)
-        return F.interpolate(semantic_scores(out.class_logits[-1], out.mask_logits[-1]), images.shape[-2:],
-            mode="bilinear", align_corners=False)
+        return F.interpolate(self(images).scores(), images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class PlainReinA:
@@ -334,7 +332,8 @@ class PlainReinA:
     STM's pixel decoder is transformers' too; its decoder stays, since theirs knows no queries of a single image."""
 
     def __init__(self, objective: ReinA):
-        self.o, self.stm, self.segmenter = objective, objective.stm, Plain(objective.segmenter, objective.num_points)
+        self.o, self.stm = objective.settings, objective.stm
+        self.segmenter = Plain(objective.segmenter, objective.settings.num_points)
         self.stm.pixel_decoder = PlainPixels(self.stm.pixel_decoder)
         self.own = self.segmenter.adapter, self.segmenter.head
         self.teacher = tuple(copy.deepcopy(m).requires_grad_(False) for m in self.own)
@@ -356,14 +355,14 @@ class PlainReinA:
             f_t = segmenter.features(x_t)
             answer = segmenter.head(f_t, segmenter.adapter.queries())
             f_s, f_mix = segmenter.features(x_s), segmenter.features(x_mix)
-            pseudo = pseudo_label(_scores(answer), inside, o.tau, o.weighting, o.margins)
+            pseudo = pseudo_label(answer.scores(), inside, o.tau, o.weighting, o.margins)
             masks_s, masks_t = (unpack(batch[name], x_s.shape[-1] // 4) for name in ("source_masks", "target_masks"))
             c_stm = stm_label(stm(f_t, *pad(masks_t, limit)), inside, o.stm_least)
         total = segmenter.loss(segmenter(x_s), y_s) + segmenter.loss(stm(f_s, *pad(masks_s, limit)), y_s)
         y_mix, weight = torch.where(pasted, y_s, pseudo.label), pseudo.weight.masked_fill(pasted, 1)
-        total = total + o.alpha * normalized_score_loss(_scores(segmenter(x_mix)), y_mix, weight)
+        total = total + o.alpha * normalized_score_loss(segmenter(x_mix).scores(), y_mix, weight)
         total = total + o.alpha * normalized_score_loss(
-            _scores(stm(f_mix, *pad(compose(masks_s, masks_t, pasted), limit))), y_mix, weight)
+            stm(f_mix, *pad(compose(masks_s, masks_t, pasted), limit)).scores(), y_mix, weight)
         output = segmenter(hide_blocks(x_t, segmenter.mean, o.mask_block, o.mask_ratio))
         total = total + o.beta * paired_loss(output, answer.class_logits[-1], answer.mask_logits[-1],
             inside)["total"] + o.beta * segmenter.loss(output, c_stm)
@@ -376,10 +375,6 @@ class PlainReinA:
         for mine, average in zip(self.own, self.teacher):
             for p, a in zip(mine.parameters(), average.parameters()):
                 a.mul_(self.o.ema).add_(p, alpha=1 - self.o.ema)
-
-
-def _scores(output):
-    return semantic_scores(output.class_logits[-1], output.mask_logits[-1], output.padding)
 
 # %% ../../nbs/59_bench.ipynb #c1a500df
 def synthetic_batch(row: Row, device: torch.device) -> dict:
@@ -462,7 +457,7 @@ class Job:
                     if k not in ("engine", "reduction", "stm")} | dict(stm_warmup=0, stm_least=0.0, limit=row.limit)
                 stm, nothing = STM.like(segmenter, **p.adaptation["stm"]), _Nothing([None])
                 self.objective = ReinA(segmenter, nothing, nothing, TrainTransform(crop=row.sizes["crop"]), nothing,
-                    nothing, stm=stm, rcs=False, num_points=points, patience=10**9, **a)
+                    nothing, stm=stm, settings=Adaptation(rcs=False, num_points=points, patience=10**9, **a))
         if self.objective:
             self.objective.to(device)
         if plain:
@@ -523,8 +518,7 @@ class Job:
         if plain:
             loss = (self.loss or self.model.loss)(output, b["label"])
         else:
-            loss = losses.segmentation_loss(output, b["label"], self.model.num_classes,
-                self.row.sizes["num_points"])["total"]
+            loss = output.loss(b["label"], self.model.num_classes, self.row.sizes["num_points"])["total"]
         loss.backward()
         return loss.detach()
 
