@@ -16,10 +16,8 @@ from reinpp.adaptation.rein_a import (
     agreement,
     draw_views,
     pseudo_label,
-    stm_label,
-    stm_mask_loss,
 )
-from reinpp.adaptation.stm import STM
+from reinpp.adaptation.stm import STM, stm_label, stm_mask_loss
 from reinpp.data.catalog import open_dataset
 from reinpp.data.datasets import Dataset
 from reinpp.data.sampling import fold

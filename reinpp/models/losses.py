@@ -95,7 +95,7 @@ def matching_costs(
     dice = 1 - (2 * (p @ t) + 1) / (p.sum(-1, keepdim=True) + t.sum(1, keepdim=True) + 1)
     return _BCE * bce - _CLASS * chance + _DICE * dice
 
-# %% ../../nbs/23_losses.ipynb #11936e8e
+# %% ../../nbs/23_losses.ipynb #1561d8d6
 @torch.no_grad()
 def match(
     output: Predictions,
@@ -165,7 +165,7 @@ def _mask_losses(x, t, v=None):
     dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + (t * v).sum(-1) + 1)
     return (bce * v).sum(-1) / v.sum(-1).clamp(min=1e-6), dice
 
-# %% ../../nbs/23_losses.ipynb #b327f639
+# %% ../../nbs/23_losses.ipynb #f1bb3425
 def _wanted_classes(logits, classes, image, query, found):
     "The class each query is to learn (L, B, Q): its target's where one was `found`, else K, 'no object'."
     wanted = torch.full(logits.shape[:-1], logits.shape[-1] - 1, device=logits.device)

@@ -125,13 +125,13 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-# %% ../../nbs/24_mask2former.ipynb #6393872a
+# %% ../../nbs/24_mask2former.ipynb #3ecc271d
 @patch
 def points(
     self: DeformableAttention,
     query: Tensor,  # (B, n, dim) tokens of all levels with their positions added
     shapes: tuple[tuple[int, int], ...],  # (h, w) of each level, in token order
-) -> tuple[Tensor, Tensor]:  # x, y in [-1, 1], (B, heads, levels, points, 2, n); weights, (B, heads, levels * points, n)
+) -> tuple[Tensor, Tensor]:  # (B, heads, levels, points, 2, n) x, y in [-1, 1]; (B, heads, levels * points, n) weights
     "Where each token looks, and how much each point counts; float32 whatever autocast says."
     batch, n, _ = query.shape
     with torch.autocast(query.device.type, enabled=False):
@@ -185,7 +185,7 @@ class DeformableLayer(nn.Module):
         tokens = self.norm1(tokens + self.attention(tokens + position, tokens, shapes))
         return self.norm2(tokens + self.ffn(tokens))
 
-# %% ../../nbs/24_mask2former.ipynb #6fe67722
+# %% ../../nbs/24_mask2former.ipynb #d36a2444
 def convolution(in_channels: int, out_channels: int, kernel: int = 1, bias: bool = True) -> nn.Conv2d:
     "A convolution that keeps the size, Kaiming-initialised."
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
@@ -214,19 +214,11 @@ def check_maps(name: str, features: list[Tensor], channels: int) -> None:
     if len(features) != 4 or any(f.ndim != 4 or f.shape[1] != channels for f in features):
         raise ValueError(f"{name}: expected four maps (B, {channels}, h, w), got {[tuple(f.shape) for f in features]}")
 
-# %% ../../nbs/24_mask2former.ipynb #29ae07c6
+# %% ../../nbs/24_mask2former.ipynb #21700dd6
 class PixelDecoder(nn.Module):
-    "Multi-scale deformable pixel decoder on four maps of a plain ViT (Mask2Former, Sec. 3.2.1)."
-    def __init__(
-        self,
-        in_channels: int,  # channels of the backbone's maps
-        hidden_dim: int = 256,  # channels of everything that comes out
-        scales: tuple[float, float, float, float] = (4, 2, 1, .5),  # from the patch grid to strides 4, 8, 16, 32
-        num_layers: int = 6,  # deformable layers
-        num_heads: int = 8,  # their heads
-        num_points: int = 4,  # points per head and level
-        ffn: int = 1024,  # width of their feed-forward networks
-    ):
+    "Deformable pixel decoder on four maps of a plain ViT (Mask2Former, Sec. 3.2.1); `Mask2Former` explains the sizes."
+    def __init__(self, in_channels: int, hidden_dim: int = 256, scales: tuple = (4, 2, 1, .5), num_layers: int = 6,
+                 num_heads: int = 8, num_points: int = 4, ffn: int = 1024):
         super().__init__()
         if len(scales) != 4:
             raise ValueError(f"PixelDecoder: scales must be four factors (to strides 4, 8, 16, 32), got {scales}")
@@ -292,7 +284,7 @@ class Attention(nn.Module):
                    for layer, x in ((self.query, query), (self.key, key), (self.value, value)))
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))
 
-# %% ../../nbs/24_mask2former.ipynb #a7fbb1ec
+# %% ../../nbs/24_mask2former.ipynb #e70621e5
 class DecoderLayer(nn.Module):
     "Masked cross-attention, self-attention, feed-forward network; a residual and a LayerNorm after each (Sec. 3.2.2)."
     def __init__(self, dim: int, num_heads: int = 8, ffn: int = 2048):
@@ -319,17 +311,10 @@ class DecoderLayer(nn.Module):
         x = self.norm2(x + self.attend(here, here, x, real))
         return self.norm3(x + self.ffn(x))
 
-# %% ../../nbs/24_mask2former.ipynb #1ad17664
+# %% ../../nbs/24_mask2former.ipynb #21fbd1ef
 class MaskedDecoder(nn.Module):
     "Queries look at strides 32, 16, 8 in turn, and predict a class and a mask before layer 1 and after every layer."
-    def __init__(
-        self,
-        num_classes: int,  # K; the class head has K + 1 outputs
-        hidden_dim: int = 256,  # channels of queries, maps and mask features
-        num_layers: int = 9,  # layers; there is one prediction more
-        num_heads: int = 8,  # heads
-        ffn: int = 2048,  # width of the feed-forward networks
-    ):
+    def __init__(self, num_classes: int, hidden_dim: int = 256, num_layers: int = 9, num_heads: int = 8, ffn: int = 2048):
         super().__init__()
         self.level_embed = nn.Parameter(torch.randn(3, hidden_dim))
         self.layers = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn) for _ in range(num_layers))
@@ -370,7 +355,7 @@ class MaskedDecoder(nn.Module):
 
 # %% ../../nbs/24_mask2former.ipynb #863667ad
 class Mask2Former(nn.Module):
-    "The Mask2Former head on the features of a plain ViT: pixel decoder, masked-attention decoder, linked or own queries."
+    "The Mask2Former head on the features of a plain ViT, with linked or own queries."
     def __init__(
         self,
         in_channels: int,  # channels of the backbone's features

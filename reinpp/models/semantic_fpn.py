@@ -16,7 +16,7 @@ from ..labels import IGNORE
 from .losses import average_count
 from .mask2former import check_maps, convolution, group_norm, resize
 
-# %% ../../nbs/25_semantic_fpn.ipynb #17ee5ccd
+# %% ../../nbs/25_semantic_fpn.ipynb #1ed7738c
 @dataclass(frozen=True)
 class PixelOutput:
     "What a head says that labels pixels."

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..adaptation.masks import compose, pack, pad, unpack
-from ..adaptation.rein_a import Adaptation, ReinA, pseudo_label, stm_label
-from ..adaptation.stm import STM
+from ..adaptation.rein_a import Adaptation, ReinA, pseudo_label
+from ..adaptation.stm import STM, stm_label
 from ..data.transforms import TrainTransform, hide_blocks, mix_images
 from ..files import data_folder, write_atomically
 from ..labels import CLASSES, IGNORE

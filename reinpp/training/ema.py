@@ -29,7 +29,7 @@ def update_teacher(
     student = dict(segmenter.named_parameters())
     torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - decay)
 
-# %% ../../nbs/30_ema.ipynb #01b4b146
+# %% ../../nbs/30_ema.ipynb #cf06c773
 class _Passes(nn.Module):
     "What the teacher computes, as one module that `functional_call` can call."
 
@@ -60,7 +60,7 @@ def run_teacher(
     finally:
         segmenter.train(training)
 
-# %% ../../nbs/30_ema.ipynb #1e231356
+# %% ../../nbs/30_ema.ipynb #4d4523c7
 @torch.no_grad()
 def copy_weights(
     own: dict[str, torch.Tensor],  # what is written
@@ -69,8 +69,8 @@ def copy_weights(
     "Nothing comes back. Raises ValueError, with nothing written, unless the names are the same."
     wrong = sorted(own.keys() ^ weights.keys())
     if wrong:
-        raise ValueError(f"what is loaded does not fit: {len(wrong)} tensors are missing or unexpected, first {wrong[0]}; "
-                         "made with another adapter, head, STM or choice of ema?")
+        raise ValueError(f"what is loaded does not fit: {len(wrong)} tensors are missing or unexpected, first "
+                         f"{wrong[0]}; made with another adapter, head, STM or choice of ema?")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
 

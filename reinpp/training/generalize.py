@@ -21,7 +21,7 @@ from ..models.segmenter import Segmenter
 from ..processes import all_gather, get_world_size, local_rows
 from .ema import copy_weights, start_teacher, update_teacher, use_weights
 
-# %% ../../nbs/32_generalize.ipynb #9851dc74
+# %% ../../nbs/32_generalize.ipynb #bfa08d95
 class Objective:
     "What `fit` runs, but for `sample`, `step`, `after_step` and the checkpoint."
 
@@ -106,7 +106,7 @@ class Generalize(Objective):
         "Take up a `state_dict`. Raises ValueError if it is of another configuration."
         copy_weights(self.state_dict(), state)
 
-# %% ../../nbs/32_generalize.ipynb #e0698b75
+# %% ../../nbs/32_generalize.ipynb #dba28cb3
 @patch
 def _augmented(self: Generalize, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The batch that is trained on: as it came, or a rival's."
