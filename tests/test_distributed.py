@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from reinpp.adaptation.proposals import make_proposals
-from reinpp.adaptation.rein_a import ReinA
+from reinpp.adaptation.rein_a import Adaptation, ReinA
 from reinpp.adaptation.stm import STM
 from reinpp.data.catalog import open_dataset
 from reinpp.data.transforms import TrainTransform
@@ -64,8 +64,9 @@ def rein_a(**options):
         student.adapter.tokens_a.mul_(30)
         student.head.decoder.class_head.weight.mul_(2)
         student.head.decoder.class_head.bias[-1] -= 0.8
-    options = dict(rcs=False, tau=TAU, ema=0.9, mask_block=16, num_points=64, stm_least=0.0) | options
-    objective = ReinA(student, day(), night(), SMALL, *stores, stm=STM.like(student, decoder_layers=1), **options)
+    settings = dict(rcs=False, tau=TAU, ema=0.9, mask_block=16, num_points=64, stm_least=0.0) | options
+    stm = STM.like(student, decoder_layers=1)
+    objective = ReinA(student, day(), night(), SMALL, *stores, stm=stm, settings=Adaptation(**settings))
     return _with_gaps(objective, "source_label")
 
 
@@ -191,7 +192,7 @@ def main(kind, folder):
     made["second half"] = objective.state_dict()
     student = segmenter()
     def adapt(student, target):
-        return ReinA(student, day(), target, SMALL, rcs=False, tau=TAU, num_points=64)
+        return ReinA(student, day(), target, SMALL, settings=Adaptation(rcs=False, tau=TAU, num_points=64))
 
     adapt_each(student, dict(night=night()), adapt, folder / "each", batch_size=2, **GO | dict(iterations=1))
     made["adapter"] = student.load_adapter(folder / "each" / "night" / "adapter").trained_state()

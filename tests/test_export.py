@@ -7,7 +7,6 @@ import torch
 
 from reinpp.models import export as module
 from reinpp.models.export import MergedReinG, export, load_program, merged
-from reinpp.models.losses import segmentation_loss
 from reinpp.models.rein_g import ReinG
 from reinpp.models.segmenter import create_segmenter
 
@@ -67,7 +66,7 @@ def test_merged_gives_everything_back():
     assert [len(block._forward_hooks) for block in segmenter.backbone.blocks] == hooks == [1] * 4
     assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items())
     assert torch.equal(segmenter.predict(images), scores)
-    segmentation_loss(segmenter(images), torch.zeros(1, 64, 64, dtype=torch.long), 5, 16)["total"].backward()
+    segmenter(images).loss(torch.zeros(1, 64, 64, dtype=torch.long), 5, 16)["total"].backward()
     assert own.tokens_a.grad.abs().max() > 0, "it trains on"
 
 

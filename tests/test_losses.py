@@ -1,22 +1,23 @@
 """Losses: parity with `transformers`, corner cases of targets and matching, eq. 15, eq. 16, precision, several processes."""
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from reinpp.models.losses import (
     average_count,
-    confidence,
     mask_classification_loss,
     match,
     normalize_scores,
     normalized_score_loss,
     paired_loss,
     point_sample,
-    segmentation_loss,
     targets_from_labels,
     uncertain_points,
 )
 from reinpp.models.mask2former import HeadOutput
+from reinpp.models.semantic_fpn import PixelOutput
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +153,7 @@ def test_padded_queries_are_never_matched_and_learn_nothing():
     padding = torch.zeros(2, 12, dtype=torch.bool)
     padding[0, 4:] = True
     padding[1, 2:] = True
-    output = output._replace(padding=padding)
+    output = replace(output, padding=padding)
     matched, sizes = match(output, targets, 256), [len(t.classes) for t in targets]
     assert (matched[:, : sizes[0]] < 4).all() and (matched[:, sizes[0]:] < 2).all()
     # more targets than queries: the rest stays unmatched
@@ -165,11 +166,11 @@ def test_padded_queries_are_never_matched_and_learn_nothing():
 def test_padding_equals_leaving_out(monkeypatch):
     same_points(monkeypatch)
     output, targets = predictions(batch=1), targets_from_labels(blocks(1), 19)
-    padded = output._replace(padding=torch.arange(12)[None] >= 7)
+    padded = replace(output, padding=torch.arange(12)[None] >= 7)
     short = HeadOutput([c[:, :7] for c in output.class_logits], [m[:, :7] for m in output.mask_logits])
     a, b = mask_classification_loss(padded, targets, 256), mask_classification_loss(short, targets, 256)
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
-    everything = mask_classification_loss(output._replace(padding=torch.ones(1, 12, dtype=torch.bool)), targets, 256)
+    everything = mask_classification_loss(replace(output, padding=torch.ones(1, 12, dtype=torch.bool)), targets, 256)
     assert everything["total"] == 0
 
 
@@ -186,7 +187,7 @@ def test_one_copy_to_the_host(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self, *a, **k: copies.append(self.shape) or cpu(self, *a, **k))
     for name in ("item", "tolist", "__bool__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, **k: pytest.fail("another synchronisation"))
-    mask_classification_loss(output._replace(padding=torch.zeros(2, 12, dtype=torch.bool)), targets, 128)
+    mask_classification_loss(replace(output, padding=torch.zeros(2, 12, dtype=torch.bool)), targets, 128)
     assert copies == [(5, 2, 12, 5)]
 
 
@@ -195,7 +196,7 @@ def test_one_copy_to_the_host(monkeypatch):
 
 def test_uncertain_points():
     logits = torch.linspace(-8, 8, 64).expand(1, 1, 64, 64)  # the border is the column in the middle
-    points = uncertain_points(logits, 400, importance=.75)
+    points = uncertain_points(logits, 400)
     x = points[0, :, 0]
     assert points.shape == (1, 400, 2) and points.min() >= 0 and points.max() <= 1
     assert ((x - .5).abs() < .2).float().mean() > .75 and (x[-100:] - .5).abs().max() > .4
@@ -229,17 +230,10 @@ def test_normalized_score_loss_is_finite_where_nobody_claims_a_pixel():
     assert normalized_score_loss(scores, torch.full((1, 4, 4), 255), torch.ones(1, 4, 4)) == 0
 
 
-def test_confidence_counts_valid_pixels_and_no_softmax():
-    scores = torch.zeros(2, 19, 4, 4)
-    scores[:, 3] = .7
-    scores[0, 5, :2] = .5
-    assert confidence(scores, .9).tolist() == [.5, 1.]
-    valid = torch.zeros(2, 4, 4, dtype=torch.bool)
-    valid[0, 1:] = True
-    assert torch.allclose(confidence(scores, .9, valid), torch.tensor([2 / 3, 0.]))
+def test_no_softmax_over_scores():
     perfect = F.one_hot(torch.arange(16).view(1, 4, 4), 19).permute(0, 3, 1, 2).float()
     # a softmax over scores would make every weight 0
-    assert perfect.softmax(1).max() < .132 and confidence(perfect, .968) == 1
+    assert perfect.softmax(1).max() < .132 and (normalize_scores(perfect).amax(1) >= .968).all()
     assert F.cross_entropy(perfect, perfect.argmax(1)) > 2.03 and normalized_score_loss(perfect, perfect.argmax(1),
         torch.ones(1, 4, 4)) < 1e-4
 
@@ -308,51 +302,52 @@ def test_paired_loss_without_real_queries_and_without_padding_pixels():
 # any head
 # -------------------------------------------------------------------------------------------------------------------------
 
-def test_segmentation_loss_of_masks_is_eq_14():
+def test_loss_of_masks_is_eq_14():
     output, labels = predictions(), blocks()
     torch.manual_seed(1)
-    one = segmentation_loss(output, labels, 19, num_points=256)
+    one = output.loss(labels, 19, num_points=256)
     torch.manual_seed(1)
     two = mask_classification_loss(output, targets_from_labels(labels, 19), num_points=256)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_segmentation_loss_of_pixels():
+def test_loss_of_pixels():
     labels, logits = blocks().to(torch.uint8), torch.randn(2, 19, 16, 16, requires_grad=True)
-    loss = segmentation_loss(logits, labels, 19)["total"]
+    loss = PixelOutput(logits).loss(labels, 19)["total"]
     big = F.interpolate(logits.detach(), (64, 64), mode="bilinear")
     # a mean over the labelled pixels of the whole batch
     assert torch.allclose(loss, F.cross_entropy(big, labels.long(), ignore_index=255), rtol=1e-5)
     loss.backward()
     assert logits.grad.abs().sum() > 0
     logits.grad = None
-    segmentation_loss(logits, torch.where(torch.arange(64) < 32, labels, 255), 19)["total"].backward()
+    PixelOutput(logits).loss(torch.where(torch.arange(64) < 32, labels, 255), 19)["total"].backward()
     assert logits.grad[..., 9:].abs().sum() == 0 < logits.grad[..., :8].abs().sum()  # pixels of 255 teach nothing
 
 
-def test_segmentation_loss_without_labels_and_with_strange_ones():
+def test_loss_without_labels_and_with_strange_ones():
     logits = torch.randn(2, 19, 4, 4, requires_grad=True)
     for size in (8, 4):
-        loss = segmentation_loss(logits, torch.full((2, size, size), 255), 19)["total"]
+        loss = PixelOutput(logits).loss(torch.full((2, size, size), 255), 19)["total"]
         loss.backward()
         assert loss == 0 and loss.requires_grad and logits.grad.abs().sum() == 0
     for value in (19, 33, 254, -1, 300):
         labels = torch.zeros(2, 8, 8, dtype=torch.int64)
         labels[1, 3, 3] = value
         with pytest.raises(ValueError, match=rf"contain \[{value}\], but the head has 19 classes \(0\.\.18\) and 255"):
-            segmentation_loss(logits, labels, 19)
+            PixelOutput(logits).loss(labels, 19)
     with pytest.raises(ValueError, match="19 classes"):
-        segmentation_loss(predictions(), torch.full((2, 64, 64), 33), 19)
+        predictions().loss(torch.full((2, 64, 64), 33), 19)
     for wrong in (torch.zeros(2, 11, 4, 4), torch.zeros(1, 19, 4, 4)):
         with pytest.raises(ValueError, match=r"expected \(B, K, h, w\)"):
-            segmentation_loss(wrong, torch.zeros(2, 8, 8), 19)
+            PixelOutput(wrong).loss(torch.zeros(2, 8, 8), 19)
 
 
-def test_segmentation_loss_is_float32_under_autocast():
+def test_loss_of_pixels_is_float32_under_autocast():
     logits, labels = (torch.randn(2, 19, 16, 16) * 50).bfloat16().requires_grad_(), blocks()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = segmentation_loss(logits, labels, 19)["total"]
-    assert loss.dtype == torch.float32 and torch.equal(loss, segmentation_loss(logits.float(), labels, 19)["total"])
+        loss = PixelOutput(logits).loss(labels, 19)["total"]
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, PixelOutput(logits.float()).loss(labels, 19)["total"])
     loss.backward()
     assert logits.grad.isfinite().all()
 

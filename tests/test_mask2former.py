@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from reinpp.models.mask2former import (
     DecoderLayer,
+    HeadOutput,
     Mask2Former,
     MaskedDecoder,
     PixelDecoder,
     open_rows,
-    semantic_scores,
     sine_position,
 )
 
@@ -316,7 +316,7 @@ def test_bfloat16_autocast():
     assert all(x.isfinite().all() for x in (*rough.class_logits, *rough.mask_logits))
     assert (rough.class_logits[0].float() - exact.class_logits[0]).abs().max() < .1
     with torch.autocast("cpu", torch.bfloat16):
-        scores = semantic_scores(rough.class_logits[-1], rough.mask_logits[-1])
+        scores = rough.scores()
     assert scores.dtype == torch.float32 and scores.min() >= 0
 
 
@@ -343,10 +343,10 @@ def test_functional_call_runs_other_weights():
 def test_semantic_scores():
     classes, masks = torch.randn(2, 5, 20), torch.randn(2, 5, 3, 4)
     expected = torch.einsum("bqk,bqhw->bkhw", classes.softmax(-1)[..., :19], masks.sigmoid())
-    assert torch.allclose(semantic_scores(classes, masks), expected, atol=1e-6)
+    assert torch.allclose(HeadOutput([classes], [masks]).scores(), expected, atol=1e-6)
     padding = torch.tensor([[False] * 4 + [True]] * 2)
-    assert torch.allclose(semantic_scores(classes, masks, padding), semantic_scores(classes[:, :4], masks[:, :4]),
-        atol=1e-6)
+    padded, short = HeadOutput([classes], [masks], padding), HeadOutput([classes[:, :4]], [masks[:, :4]])
+    assert torch.allclose(padded.scores(), short.scores(), atol=1e-6)
 
 
 def test_softmax_over_scores_is_a_trap():

@@ -9,23 +9,22 @@ import reinpp.adaptation.rein_a as module
 from reinpp.adaptation.masks import pad, unpack
 from reinpp.adaptation.proposals import ProposalStore
 from reinpp.adaptation.rein_a import (
+    Adaptation,
     Collapse,
     CollapseGuard,
     ReinA,
     agreement,
     draw_views,
     pseudo_label,
-    stm_label,
-    stm_mask_loss,
 )
-from reinpp.adaptation.stm import STM
+from reinpp.adaptation.stm import STM, stm_label, stm_mask_loss
 from reinpp.data.catalog import open_dataset
 from reinpp.data.datasets import Dataset
 from reinpp.data.sampling import fold
 from reinpp.data.transforms import TrainTransform, hide_blocks, mix_images
 from reinpp.files import BadFile
 from reinpp.models.losses import mask_classification_loss, paired_loss, targets_from_labels
-from reinpp.models.mask2former import HeadOutput, semantic_scores
+from reinpp.models.mask2former import HeadOutput
 from reinpp.models.segmenter import create_segmenter
 from reinpp.training.ema import run_teacher, start_teacher
 
@@ -50,8 +49,8 @@ def objective(data, stm=True, adapter="rein_g", **options):
     segmenter = fresh(adapter)
     stm = STM.like(segmenter, decoder_layers=1) if stm else None
     transform = TrainTransform(crop=64, base=64, scales=(8, 12, 16), min_class_pixels=12)
-    return ReinA(segmenter, source, target, transform, *stores,
-        **dict(stm=stm, tau=0.2, ema=0.9, mask_block=16, limit=20, pool=60, num_points=64) | options)
+    settings = dict(tau=0.2, ema=0.9, mask_block=16, limit=20, pool=60, num_points=64) | options
+    return ReinA(segmenter, source, target, transform, *stores, stm=stm, settings=Adaptation(**settings))
 
 
 def batch_of(objective, first=0, size=2, seed=0):
@@ -128,6 +127,13 @@ def test_padding_has_no_weight_and_no_say_in_q():
     assert pseudo.q.item() == 1 and (pseudo.weight[..., :12] == 1).all() and not pseudo.weight[..., 12:].any()
     empty = pseudo_label(scores, torch.zeros_like(inside), 0.9)
     assert empty.q.item() == 0 and not empty.weight.any()
+    scores = torch.zeros(2, 19, 4, 4)
+    scores[:, 3] = 0.7
+    scores[0, 5, :2] = 0.5
+    valid = torch.zeros(2, 4, 4, dtype=torch.bool)
+    valid[0, 1:] = True
+    assert pseudo_label(scores, torch.ones_like(valid), 0.9).q.tolist() == [0.5, 1.0]
+    assert torch.allclose(pseudo_label(scores, valid, 0.9).q, torch.tensor([2 / 3, 0.0]))
 
 
 def test_padding_of_the_target_changes_no_loss(data):
@@ -497,7 +503,7 @@ def test_proposals_that_do_not_fit_are_refused(data):
     with pytest.raises(ValueError, match="make them again"):
         r.sample(0, 0)
     with pytest.raises(ValueError, match="weighting"):
-        ReinA(segmenter, source, target, transform, weighting="area")
+        Adaptation(weighting="area")
 
 
 # ---- the step
@@ -508,8 +514,8 @@ TERMS = {"src", "mix", "mask", "stm_src", "stm_mix", "stm_mask"}
 
 @pytest.mark.parametrize("options, missing", [
     (dict(), set()), (dict(use_mix=False), {"mix", "stm_mix"}), (dict(use_mask=False), {"mask", "stm_mask"}),
-    (dict(use_stm=False), {"stm_src", "stm_mix", "stm_mask"}), (dict(stm=False), {"stm_src", "stm_mix", "stm_mask"}),
-    (dict(use_mix=False, use_mask=False, use_stm=False), TERMS - {"src"}),
+    (dict(stm=False), {"stm_src", "stm_mix", "stm_mask"}),
+    (dict(use_mix=False, use_mask=False, stm=False), TERMS - {"src"}),
 ])
 def test_every_branch_can_be_switched_off(data, options, missing):
     (log,) = train(objective(data, **options), 1)
@@ -649,8 +655,8 @@ def test_mirrored_teacher(data, monkeypatch):
     monkeypatch.setattr(module, "pseudo_label", lambda *a: seen.append(a[0]) or real(*a))
     r, batch, _ = first_step(data, teacher_flip=True)
     with torch.no_grad():
-        one, other = (semantic_scores(o.class_logits[-1], o.mask_logits[-1]) for _,
-            o in (run_teacher(r.segmenter, r.teacher, x) for x in (batch["target"], batch["target"].flip(-1))))
+        one, other = (run_teacher(r.segmenter, r.teacher, x)[1].scores()
+                      for x in (batch["target"], batch["target"].flip(-1)))
     assert torch.allclose(seen[0], (one + other.flip(-1)) / 2, atol=1e-5) and not torch.allclose(seen[0], one,
         atol=1e-4)
 
@@ -674,8 +680,7 @@ def test_q_weighs_the_mask_branch_image_by_image(data, monkeypatch):
     monkeypatch.setattr(module.ReinA, "_mask_loss", lambda self, *a: seen.update(args=a) or real(self, *a))
     r, batch, terms = first_step(data, q_on_mask=True)
     output, p_t, m_t, inside, q = seen["args"]
-    each = [paired_loss(HeadOutput([c[i:i + 1] for c in output.class_logits], [m[i:i + 1] for m in output.mask_logits]),
-        p_t[i:i + 1], m_t[i:i + 1], inside[i:i + 1])["total"] for i in range(2)]
+    each = [paired_loss(output[i:i + 1], p_t[i:i + 1], m_t[i:i + 1], inside[i:i + 1])["total"] for i in range(2)]
     assert terms["mask"] == pytest.approx(((q[0] * each[0] + q[1] * each[1]) / 2).item(), rel=1e-4)
     assert r._mask_loss(output, p_t, m_t, inside, torch.zeros(2)).item() == 0
 

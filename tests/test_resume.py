@@ -15,7 +15,7 @@ import sys, time, torch
 from pathlib import Path
 from reinpp.data.catalog import open_dataset
 from reinpp.adaptation.proposals import make_proposals
-from reinpp.adaptation.rein_a import ReinA
+from reinpp.adaptation.rein_a import Adaptation, ReinA
 from reinpp.models.segmenter import tiny_segmenter
 from reinpp.adaptation.stm import STM
 from reinpp.training.generalize import Generalize
@@ -31,8 +31,8 @@ transform = TrainTransform(crop=64, base=64, min_class_pixels=20)
 if kind == "rein_a":
     target = open_dataset("scenes", "night/train", count=6, labels=False)
     stores = [make_proposals(d, "instances", reduction=2) for d in (source, target)]
-    objective = ReinA(segmenter, source, target, transform, *stores, stm=STM.like(segmenter), tau=0.05, num_points=128,
-                      limit=20, ema=0.9, weighting="pixel", mask_block=16)
+    settings = Adaptation(tau=0.05, num_points=128, limit=20, ema=0.9, weighting="pixel", mask_block=16)
+    objective = ReinA(segmenter, source, target, transform, *stores, stm=STM.like(segmenter), settings=settings)
 else:
     objective = Generalize(segmenter, source, transform, num_points=128)
 after = objective.after_step

@@ -11,7 +11,6 @@ from reinpp.files import data_folder, write_together
 from reinpp.models.adapter_files import pull_adapter, push_adapter, read_adapter
 from reinpp.models.backbones import create_backbone, extract_features
 from reinpp.models.baselines import ADAPTERS
-from reinpp.models.losses import segmentation_loss
 from reinpp.models.segmenter import HEADS, create_segmenter, load_segmenter, tiny_segmenter, window_starts
 
 IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
@@ -27,7 +26,7 @@ def train_a_step(segmenter):
     labels = torch.randint(0, 5, (2, 64, 96), generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.SGD([p for p in segmenter.parameters() if p.requires_grad], lr=1e-2)
     torch.manual_seed(5)  # of the points
-    segmentation_loss(segmenter.train()(IMAGES), labels, 5, 64)["total"].backward()
+    segmenter.train()(IMAGES).loss(labels, 5, 64)["total"].backward()
     torch.nn.utils.clip_grad_norm_(segmenter.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

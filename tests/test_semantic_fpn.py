@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reinpp.models.losses import segmentation_loss
 from reinpp.models.semantic_fpn import SemanticFPN
 
 
@@ -39,7 +38,7 @@ def test_equals_the_paper_without_its_order(scales):
     head, features = SemanticFPN(24, 19, scales, hidden_dim=32).double(), [f.double() for f in maps()]
     for p in head.parameters():
         nn.init.normal_(p, std=.2)  # biases and norms too
-    out = head(features)
+    out = head(features).logits
     assert out.shape == (2, 19, 8 * scales[0], 12 * scales[0])
     torch.testing.assert_close(out, reference(head, features), rtol=1e-9, atol=1e-9)
 
@@ -47,7 +46,7 @@ def test_equals_the_paper_without_its_order(scales):
 @pytest.mark.parametrize("h,w,scales,size", [(37, 37, (14 / 4, 14 / 8, 14 / 16, 14 / 32), (129, 129)),
 (9, 7, (4, 2, 1, .5), (36, 28)), (2, 3, (4, 2, 1, .5), (8, 12))])
 def test_any_size(h, w, scales, size):
-    assert SemanticFPN(8, 5, scales, hidden_dim=16)(maps(h, w, 8)).shape == (2, 5, *size)
+    assert SemanticFPN(8, 5, scales, hidden_dim=16)(maps(h, w, 8)).logits.shape == (2, 5, *size)
 
 
 @pytest.mark.parametrize("channels,classes,hidden,branch",
@@ -63,17 +62,15 @@ def test_parameter_count(channels, classes, hidden, branch):
 
 def test_every_parameter_and_every_map_gets_a_gradient():
     head, features = SemanticFPN(24, 19, hidden_dim=32), [f.requires_grad_() for f in maps()]
-    head(features).square().sum().backward()
+    head(features).logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters()) and all(f.grad.abs().sum() > 0
         for f in features)
 
 
 def test_refusals():
     head = SemanticFPN(24, 19, hidden_dim=16)
-    for call in (lambda: SemanticFPN(24, 19, linked=True), lambda: SemanticFPN(24, 19, linked=True, num_queries=100),
-            lambda: head(maps(), torch.zeros(100, 256))):
-        with pytest.raises(ValueError, match=r"adapter_args=dict\(link_queries=False\)"):
-            call()
+    with pytest.raises(ValueError, match=r"adapter_args=dict\(link_queries=False\)"):
+        head(maps(), torch.zeros(100, 256))
     with pytest.raises(ValueError, match="four factors"):
         SemanticFPN(24, 19, scales=(4, 2, 1))
     with pytest.raises(ValueError, match=r"expected four maps \(B, 24, h, w\)"):
@@ -83,8 +80,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="cannot be resized by 0.5"):
         head(maps(1, 1))
     with torch.no_grad():
-        assert head(maps(), None).isfinite().all()
-    assert isinstance(SemanticFPN(24, 19, hidden_dim=16, linked=False, num_queries=100), nn.Module)
+        assert head(maps(), None).logits.isfinite().all()
 
 
 def test_bfloat16_and_channels_that_32_does_not_divide():
@@ -92,8 +88,8 @@ def test_bfloat16_and_channels_that_32_does_not_divide():
     assert head.branches[0][0][1].num_groups == 4
     with torch.autocast("cpu", torch.bfloat16):
         out = head(maps())
-        loss = segmentation_loss(out, torch.randint(0, 19, (2, 128, 192)), 19)["total"]
-    assert out.dtype == torch.bfloat16 and loss.dtype == torch.float32 and loss.isfinite()
+        loss = out.loss(torch.randint(0, 19, (2, 128, 192)), 19)["total"]
+    assert out.logits.dtype == torch.bfloat16 and loss.dtype == torch.float32 and loss.isfinite()
     loss.backward()
 
 
@@ -108,7 +104,7 @@ def test_learns_one_picture():
     head = SemanticFPN(24, 3, hidden_dim=32)
     optimizer = torch.optim.AdamW(head.parameters(), 3e-3)
     for _ in range(40):
-        loss = segmentation_loss(head(features), labels, 3)["total"]
+        loss = head(features).loss(labels, 3)["total"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -127,7 +123,7 @@ def test_in_a_segmenter(tmp_path, adapter, arguments):
     scores = segmenter.predict(images)
     assert scores.shape == (2, 19, 50, 70) and scores.min() >= 0 and torch.allclose(scores.sum(1),
         torch.ones(2, 50, 70), atol=1e-4)
-    segmentation_loss(segmenter(torch.rand(2, 3, 64, 64)), torch.randint(0, 19, (2, 64, 64)), 19)["total"].backward()
+    segmenter(torch.rand(2, 3, 64, 64)).loss(torch.randint(0, 19, (2, 64, 64)), 19)["total"].backward()
     assert all(p.grad is not None for p in segmenter.parameters() if p.requires_grad)
     torch.manual_seed(0)
     segmenter = make()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from reinpp.adaptation.masks import pad
 from reinpp.adaptation.stm import STM, mask_boxes, pool_under
 from reinpp.models.losses import mask_classification_loss, normalized_score_loss, targets_from_labels
-from reinpp.models.mask2former import semantic_scores, sine_position
+from reinpp.models.mask2former import sine_position
 from reinpp.models.segmenter import create_segmenter
 
 SMALL = dict(hidden_dim=32, encoder_layers=1, num_heads=4, encoder_ffn=32, decoder_ffn=32)
@@ -30,7 +30,7 @@ def blobs(batch=2, count=6, size=16):
 
 
 def scores(out):
-    return semantic_scores(out.class_logits[-1], out.mask_logits[-1], out.padding)
+    return out.scores()
 
 
 def test_boxes_and_pooling_equal_a_loop():

@@ -5,13 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from reinpp.adaptation.rein_a import Collapse, ReinA
+from reinpp.adaptation.rein_a import Adaptation, Collapse, ReinA
 from reinpp.data.catalog import open_dataset
 from reinpp.data.sampling import fold
 from reinpp.data.transforms import TrainTransform, adv_style, pasta
 from reinpp.files import BadFile
 from reinpp.models.losses import normalized_score_loss
-from reinpp.models.mask2former import semantic_scores
 from reinpp.models.segmenter import create_segmenter
 from reinpp.training.generalize import Generalize
 from reinpp.training.train import TrainingError, adapt_each, fit, learning_rate, parameter_groups
@@ -167,8 +166,8 @@ def batch_of(objective):
 
 
 def adapts(segmenter, day, night, **options):
-    return ReinA(segmenter, day, night, crops(), **dict(rcs=False, tau=0.1, ema=0.9, mask_block=16, num_points=64)
-        | options)
+    settings = dict(rcs=False, tau=0.1, ema=0.9, mask_block=16, num_points=64) | options
+    return ReinA(segmenter, day, night, crops(), settings=Adaptation(**settings))
 
 
 # ---- pictures
@@ -244,9 +243,8 @@ def test_advstyle_climbs_the_right_loss(day):
     segmenter, batch = objective.segmenter, batch_of(objective)
 
     def loss(images):
-        out = segmenter(images)
-        return normalized_score_loss(semantic_scores(out.class_logits[-1], out.mask_logits[-1]), batch["label"],
-            torch.ones(batch["label"].shape))
+        scores = segmenter(images).scores()
+        return normalized_score_loss(scores, batch["label"], torch.ones(batch["label"].shape))
 
     images, labels = objective._augmented(batch["image"], batch["label"])
     assert all(p.grad is None for p in segmenter.parameters())

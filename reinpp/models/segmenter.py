@@ -20,8 +20,8 @@ from ..files import check_choice
 from .adapter_files import IDENTITY, check_fits, read_adapter, write_adapter
 from .backbones import IMAGENET_MEAN, IMAGENET_STD, create_backbone, extract_features, patch_size_of
 from .baselines import create_adapter
-from .mask2former import HeadOutput, Mask2Former, semantic_scores
-from .semantic_fpn import SemanticFPN
+from .mask2former import HeadOutput, Mask2Former
+from .semantic_fpn import PixelOutput, SemanticFPN
 
 # %% ../../nbs/27_segmenter.ipynb #1de7ecad
 HEADS = {"mask2former": Mask2Former, "semantic_fpn": SemanticFPN}
@@ -57,19 +57,15 @@ class Segmenter(nn.Module):
         "Four refined maps (B, C, H / patch, W / patch) of images (B, 3, H, W) in [0, 1]; the patch divides H and W."
         return extract_features(self.backbone, (images - self.mean) / self.std)
 
-    def forward(self, images: torch.Tensor) -> HeadOutput | torch.Tensor:
-        """All predictions of the head for images (B, 3, H, W) in [0, 1].
-
-        A per-pixel head gives logits (B, K, H / 4, W / 4)."""
+    def forward(self, images: torch.Tensor) -> HeadOutput | PixelOutput:
+        "The head's output for images (B, 3, H, W) in [0, 1]: with `scores()`, `loss(...)` and `[pick]`."
         return self.head(self.features(images), self.adapter.queries())
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
         """s_k (B, K, H / 4, W / 4) float32 of the last prediction; they lie in about [0, 1] with every head.
 
         Take the argmax, never a softmax."""
-        out = self(images)
-        if isinstance(out, torch.Tensor): return out.float().softmax(1)
-        return semantic_scores(out.class_logits[-1], out.mask_logits[-1])
+        return self(images).scores()
 
 # %% ../../nbs/27_segmenter.ipynb #a9df9fa0
 def create_segmenter(

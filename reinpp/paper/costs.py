@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..adaptation.masks import pack
-from ..adaptation.rein_a import ReinA
+from ..adaptation.rein_a import Adaptation, ReinA
 from ..adaptation.stm import STM
 from ..data.catalog import open_dataset
 from ..data.transforms import TrainTransform
@@ -121,8 +121,9 @@ class Job:
         if what != "rein_a": return Generalize(segmenter, unused, None, num_points=sizes["num_points"])
         options = {k: v for k, v in preset.adaptation.items() if k not in ("engine", "reduction", "stm")}
         options |= dict(stm_warmup=0, stm_least=0.0, limit=sizes["limit"], patience=10**9)
-        return ReinA(segmenter, unused, unused, TrainTransform(crop=sizes["crop"]), unused, unused, rcs=False,
-            stm=STM.like(segmenter, **preset.adaptation["stm"]), num_points=sizes["num_points"], **options)
+        settings = Adaptation(rcs=False, num_points=sizes["num_points"], **options)
+        return ReinA(segmenter, unused, unused, TrainTransform(crop=sizes["crop"]), unused, unused,
+            stm=STM.like(segmenter, **preset.adaptation["stm"]), settings=settings)
 
     def trained(self) -> list[torch.nn.Parameter]:
         "The parameters that get a gradient."

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..adaptation.proposals import make_proposals
-from ..adaptation.rein_a import ReinA
+from ..adaptation.rein_a import Adaptation, ReinA
 from ..adaptation.stm import STM
 from ..data.sampling import Sampler
 from ..data.transforms import TrainTransform
@@ -82,7 +82,7 @@ def objective_of(
             progress=get_rank() == 0))
     barrier()  # for the other processes' share of the proposals
     return ReinA(segmenter, source, target, transform, *stores, stm=STM.like(segmenter, **stm) if with_stm else None,
-        rcs=d["rcs"], num_points=d["num_points"], **a)
+        settings=Adaptation(rcs=d["rcs"], num_points=d["num_points"], **a))
 
 # %% ../../nbs/52_runs.ipynb #e78696ec
 def commit() -> str:

@@ -17,7 +17,7 @@ from reinpp.data.transforms import hide_blocks, mix_images
 from reinpp.labels import IGNORE
 from reinpp.models.backbones import extract_features
 from reinpp.models.losses import normalized_score_loss, paired_loss
-from reinpp.models.mask2former import HeadOutput, Mask2Former, semantic_scores
+from reinpp.models.mask2former import HeadOutput, Mask2Former
 from reinpp.models.rein_g import ReinG
 from reinpp.models.segmenter import Segmenter
 from reinpp.paper.costs import Job, Row
@@ -232,11 +232,7 @@ class Plain(nn.Module):
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] -> scores (B, K, H, W)."
-        return F.interpolate(_scores(self(images)), images.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def _scores(output):
-    return semantic_scores(output.class_logits[-1], output.mask_logits[-1], output.padding)
+        return F.interpolate(self(images).scores(), images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class PlainTraining:
@@ -271,7 +267,7 @@ class PlainReinA(PlainTraining):
     knows no queries of a single image: for that part a ratio understates."""
 
     def __init__(self, objective: ReinA):
-        super().__init__(Plain(objective.segmenter, objective.num_points))
+        super().__init__(Plain(objective.segmenter, objective.settings.num_points))
         self.o, self.stm = objective, objective.stm
         self.stm.pixel_decoder = PlainPixels(self.stm.pixel_decoder)
         self.own = self.segmenter.adapter, self.segmenter.head
@@ -291,24 +287,24 @@ class PlainReinA(PlainTraining):
 
     def step(self, batch: dict, iteration: int) -> dict:
         "Algorithm 1 with its gradients; the loss."
-        o, segmenter, stm, limit = self.o, self.segmenter, self.stm, self.o.limit
+        o, segmenter, stm, limit = self.o, self.segmenter, self.stm, self.o.settings.limit
         x_s, y_s, x_t, inside = (batch[k] for k in ("source", "source_label", "target", "target_inside"))
         x_mix, pasted = mix_images(x_s, y_s, x_t)
         with torch.no_grad(), self._as_teacher():
             f_t = segmenter.features(x_t)
             answer = segmenter.head(f_t, segmenter.adapter.queries())
             f_s, f_mix = segmenter.features(x_s), segmenter.features(x_mix)
-            pseudo = pseudo_label(_scores(answer), inside, o.tau, o.weighting, o.margins)
+            pseudo = pseudo_label(answer.scores(), inside, o.settings.tau, o.settings.weighting, o.settings.margins)
             masks_s, masks_t = (unpack(batch[name], x_s.shape[-1] // 4) for name in ("source_masks", "target_masks"))
-            c_stm = stm_label(stm(f_t, *pad(masks_t, limit)), inside, o.stm_least)
+            c_stm = stm_label(stm(f_t, *pad(masks_t, limit)), inside, o.settings.stm_least)
         total = segmenter.loss(segmenter(x_s), y_s) + segmenter.loss(stm(f_s, *pad(masks_s, limit)), y_s)
         y_mix, weight = torch.where(pasted, y_s, pseudo.label), pseudo.weight.masked_fill(pasted, 1)
-        total = total + o.alpha * normalized_score_loss(_scores(segmenter(x_mix)), y_mix, weight)
+        total = total + o.settings.alpha * normalized_score_loss(segmenter(x_mix).scores(), y_mix, weight)
         output = stm(f_mix, *pad(compose(masks_s, masks_t, pasted), limit))
-        total = total + o.alpha * normalized_score_loss(_scores(output), y_mix, weight)
-        output = segmenter(hide_blocks(x_t, segmenter.mean, o.mask_block, o.mask_ratio))
+        total = total + o.settings.alpha * normalized_score_loss(output.scores(), y_mix, weight)
+        output = segmenter(hide_blocks(x_t, segmenter.mean, o.settings.mask_block, o.settings.mask_ratio))
         paired = paired_loss(output, answer.class_logits[-1], answer.mask_logits[-1], inside)["total"]
-        total = total + o.beta * paired + o.beta * segmenter.loss(output, c_stm)
+        total = total + o.settings.beta * paired + o.settings.beta * segmenter.loss(output, c_stm)
         total.backward()
         return dict(total=total.detach())
 
@@ -317,7 +313,7 @@ class PlainReinA(PlainTraining):
         "The teacher follows, parameter by parameter."
         for mine, average in zip(self.own, self.teacher):
             for p, a in zip(mine.parameters(), average.parameters()):
-                a.mul_(self.o.ema).add_(p, alpha=1 - self.o.ema)
+                a.mul_(self.o.settings.ema).add_(p, alpha=1 - self.o.settings.ema)
 
 
 class PlainJob(Job):
