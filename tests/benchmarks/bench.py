@@ -18,7 +18,7 @@ from torch.utils.benchmark import Timer
 from reinpp.data.transforms import TrainTransform
 from reinpp.files import check_choice, data_folder, write_atomically
 from reinpp.paper import costs
-from reinpp.paper.costs import Row, kept_bytes, operations, time_of
+from reinpp.paper.costs import Row, kept_bytes, operations, time_once
 from reinpp.paper.runs import commit, versions
 
 from .levers import Sizes, measure_levers
@@ -78,7 +78,7 @@ def data_seconds(row: Row, repeats: int = 5) -> float | None:
         for name in ("crop", "base", "scales", "max_long", "min_class_pixels")})
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     label = (torch.arange(width) * 12 // width).expand(height, width).to(torch.uint8)
-    one = statistics.median(time_of(lambda: transform(image, label), CPU) for _ in range(repeats))
+    one = statistics.median(time_once(lambda: transform(image, label), CPU) for _ in range(repeats))
     return one * _images(row)
 
 
@@ -127,7 +127,7 @@ def _measure_jobs(jobs, steps, warmup):
     first = [job.run() for job in jobs]
     for i in range(1, warmup + steps):
         for job, seconds in zip(jobs, times):
-            one = time_of(job.run, job.device)
+            one = time_once(job.run, job.device)
             if i >= warmup:
                 seconds.append(one)
     peak = torch.cuda.max_memory_allocated() if cuda else None  # before the counting, which takes memory of its own

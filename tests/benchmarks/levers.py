@@ -12,7 +12,7 @@ from reinpp.models.backbones import held_bytes
 from reinpp.models.losses import match, point_sample, targets_from_labels
 from reinpp.models.mask2former import HeadOutput, open_rows
 from reinpp.models.segmenter import create_segmenter
-from reinpp.paper.costs import ROWS, Job, KeptForBackward, Row, kept_bytes, time_of
+from reinpp.paper.costs import ROWS, Job, KeptForBackward, Row, kept_bytes, time_once
 from reinpp.paper.experiments import PRESETS
 from reinpp.training.ema import run_teacher
 
@@ -42,7 +42,7 @@ def compare(device: torch.device, repeats: int, **ways) -> dict:
         kept[name] = books.peak
     for _ in range(repeats):
         for name, way in ways.items():
-            times[name].append(time_of(way, device))
+            times[name].append(time_once(way, device))
     return dict(seconds={name: statistics.median(t) for name, t in times.items()}, bytes=kept,
         difference=_difference(*results))
 
