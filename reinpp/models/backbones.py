@@ -274,7 +274,8 @@ def load_weights(
     "The model with its weights. Raises `FileNotFoundError`, and `ValueError` for a file that does not fit it."
     folder = data_folder() / "weights"
     places = [folder / f"{spec.timm_name}.safetensors", folder / spec.timm_name]
-    file = Path(weights or folder / spec.weights) if weights or spec.weights else next(filter(Path.exists, places), None)
+    named = weights or (spec.weights and folder / spec.weights)
+    file = Path(named) if named else next(filter(Path.exists, places), None)
     if file and not file.exists():
         to_do = "name a file that is there" if weights else "run nbs/pretrain_tiny.ipynb to make them"
         raise FileNotFoundError(f"backbone={name!r}: no weights at {file}: {to_do}")
