@@ -1,4 +1,4 @@
-"""nbdev_clean, nbdev_export and `make readme` must leave the tree as it is: run them, and name every file that they changed, added or removed."""
+"""nbdev_clean, nbdev_export and `make readme` must leave the tree as it is: run them, and name what they changed."""
 
 import hashlib
 import subprocess
@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIP = {".git", ".venv", "data", "build", "dist", "_proc", "_docs", "__pycache__", ".ipynb_checkpoints", ".pytest_cache"}
-README = ["jupyter", "nbconvert", "--config", ".ci/readme.py", "--log-level", "WARN", "--output-dir", ".", "nbs/index.ipynb"]
+SKIP = {".git", ".venv", "data", "build", "dist", "_proc", "_docs", "__pycache__", ".ipynb_checkpoints",
+    ".pytest_cache"}
+README = ["jupyter", "nbconvert", "--config", ".ci/readme.py", "--log-level", "WARN", "--output-dir", ".",
+    "nbs/index.ipynb"]
 
 
 def snapshot():
-    """{path: hash} of every file of the project, committed or not; data/ and what .gitignore names at the top are left out."""
+    """{path: hash} of every file of the project, committed or not.
+
+    Data/ and what .gitignore names at the top are left out."""
     found = {}
     for top in ROOT.iterdir():
         if top.name in SKIP or top.suffix == ".egg-info" or top.name.startswith(".venv"):
@@ -32,7 +36,9 @@ def main():
         what = "added" if path not in before else "removed" if path not in after else "changed"
         print(f"{what} by nbdev_clean, nbdev_export or make readme: {path}", file=sys.stderr)
     if different:
-        sys.exit("The notebooks and what is made from them were not in step. They are now: look at the difference and commit it.")
+        sys.exit(
+            "The notebooks and what is made from them were not in step. They are now: look at the difference and "
+            "commit it.")
     print(f"nbdev_clean, nbdev_export and make readme leave all {len(after)} files unchanged.")
 
 

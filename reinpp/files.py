@@ -60,11 +60,9 @@ def write_together(
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-        for path, temporary in aside.items():
-            os.replace(temporary, path)
+        for path, temporary in aside.items(): os.replace(temporary, path)
     finally:
-        for temporary in aside.values():
-            temporary.unlink(missing_ok=True)
+        for temporary in aside.values(): temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -88,20 +86,16 @@ class Member(NamedTuple):
     archive: Path
     inside: str
 
-    def __str__(self) -> str:
-        return f"{self.archive}/{self.inside}"
+    def __str__(self) -> str: return f"{self.archive}/{self.inside}"
 
     @property
-    def name(self) -> str:
-        return self.inside.rpartition("/")[2]
+    def name(self) -> str: return self.inside.rpartition("/")[2]
 
     @property
-    def stem(self) -> str:
-        return self.name.rpartition(".")[0]
+    def stem(self) -> str: return self.name.rpartition(".")[0]
 
     @property
-    def suffix(self) -> str:
-        return "." + self.name.rpartition(".")[2]
+    def suffix(self) -> str: return "." + self.name.rpartition(".")[2]
 
 
 _ARCHIVES = {}  # (process, archive) -> open ZipFile: a file position must not be shared between processes
@@ -111,8 +105,7 @@ def read_bytes(path: Path | Member) -> bytes:
     "A file's content, also from inside an archive. OSError or zipfile.BadZipFile where that fails."
     if not isinstance(path, Member): return Path(path).read_bytes()
     key = os.getpid(), path.archive
-    if key not in _ARCHIVES:
-        _ARCHIVES[key] = zipfile.ZipFile(path.archive)
+    if key not in _ARCHIVES: _ARCHIVES[key] = zipfile.ZipFile(path.archive)
     return _ARCHIVES[key].read(path.inside)
 
 # %% ../nbs/01_files.ipynb #44045f74
@@ -190,8 +183,7 @@ def read_checkpoint(
     Runs nothing that the file brings. Raises `FileNotFoundError` for a missing file or shard, `ValueError` for a
     damaged one or one that holds more than tensors and numbers."""
     path = Path(path)
-    if path.is_dir():
-        path = _one_checkpoint(path)
+    if path.is_dir(): path = _one_checkpoint(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -211,15 +203,13 @@ def read_checkpoint(
         message = f"{path}: this checkpoint is damaged or of another kind ({_first_line(error)}): fetch it again"
         raise ValueError(message) from error
     for key in ("state_dict", "model"):
-        if isinstance(state, dict):
-            state = state.get(key, state)
+        if isinstance(state, dict): state = state.get(key, state)
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(f"{path}: holds no state_dict of tensors")
     return dict(state)
 
 
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+def _first_line(error): return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 # %% ../nbs/01_files.ipynb #a4dfacc4
 def duration(seconds: float) -> str:
@@ -263,8 +253,7 @@ class Progress:
         return self
 
     def __exit__(self, *error) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.bar is not None: self.bar.close()
 
     def say(self, text: str) -> None:
         "A line of its own, which does not break the bar."
@@ -344,11 +333,9 @@ def each(
     ordered: bool = True,  # False: results as they come
 ) -> Iterator:
     "Yield `function(item)` for all items. Raises what it raises, or `RuntimeError` when a worker is killed."
-    if workers is None:
-        workers = cores() if len(items) >= 64 else 0
+    if workers is None: workers = cores() if len(items) >= 64 else 0
     if workers < 1 or not len(items):
-        if set_up and len(items):
-            set_up(*set_up_arguments)
+        if set_up and len(items): set_up(*set_up_arguments)
         yield from map(function, items)
         return
     context = multiprocessing.get_context(start)
@@ -379,5 +366,4 @@ def _check_importable(function, *others):
 
 def _start_worker(set_up, arguments):
     torch.set_num_threads(1)
-    if set_up:
-        set_up(*arguments)
+    if set_up: set_up(*arguments)

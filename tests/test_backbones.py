@@ -161,8 +161,7 @@ def test_meta_takes_no_memory():
         assert round(sum(p.numel() for p in vit.parameters()) / 1e6) == millions
 
 
-# weights
-# ----------------------------------------------------------------------------------------
+# ---- weights
 
 def test_weights_from_files(tmp_path):
     source = reduced("dinov2_large")
@@ -250,8 +249,7 @@ def test_a_file_in_the_data_folder_is_found(monkeypatch, tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
 
 
-# patches of another size
-# ----------------------------------------------------------------------------------------
+# ---- patches of another size
 
 @pytest.mark.parametrize("old, new", [(14, 16), (16, 14)])
 @pytest.mark.parametrize("name", ["dinov2_large", "eva02_large"])
@@ -295,8 +293,7 @@ def test_official_resize_refuses_sam():
         official_resize(reduced("sam_base"), 64, 14)
 
 
-# InternVL
-# ----------------------------------------------------------------------------------------
+# ---- InternVL
 
 def published_internvit(depth=4, width=48, side=4, seed=0):
     "Random weights under the published names; nothing is at its initial value."

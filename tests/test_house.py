@@ -94,14 +94,17 @@ import importlib, os, sys, threading, multiprocessing, warnings
 import torch, torch.optim.optimizer as optimizer, torch.nn.modules.module as module
 def state():
     hooks = [len(getattr(optimizer, n)) for n in dir(optimizer) if n.startswith("_global_optimizer_")]
-    hooks += [len(getattr(module, n)) for n in dir(module) if n.startswith("_global_") and hasattr(getattr(module, n), "__len__")]
-    return hooks, threading.active_count(), len(multiprocessing.active_children()), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    found = [getattr(module, n) for n in dir(module) if n.startswith("_global_")]
+    hooks += [len(table) for table in found if hasattr(table, "__len__")]
+    settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    return hooks, threading.active_count(), len(multiprocessing.active_children()), settings
 import timm, torchvision, cv2, skimage, scipy, pandas, torchmetrics
 before = state()
 opened = []
 def audit(event, arguments):
     writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-    if (writes and "__pycache__" not in str(arguments[0])) or event in ("subprocess.Popen", "os.fork", "socket.connect"):
+    starts = event in ("subprocess.Popen", "os.fork", "socket.connect")
+    if starts or (writes and "__pycache__" not in str(arguments[0])):
         opened.append((event, str(arguments[0])))
 sys.addaudithook(audit)
 for room in ROOMS:

@@ -1,4 +1,4 @@
-"""Losses: parity with `transformers`, corner cases of targets and matching, eq. 15, eq. 16, precision, several processes."""
+"""Losses: parity with `transformers`, corner cases, eq. 15, eq. 16, precision, several processes."""
 from dataclasses import replace
 
 import pytest
@@ -53,8 +53,7 @@ def same_points(monkeypatch):
     monkeypatch.setattr(torch, "rand", rand)
 
 
-# parity
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- parity
 
 def their_loss(num_points):
     pytest.importorskip("transformers")
@@ -94,8 +93,7 @@ def test_parity_of_matching_and_loss(monkeypatch, num_points, queries):
         assert (a - b).abs().max() < 1e-5
 
 
-# targets
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- targets
 
 def test_one_mask_per_class_and_255_is_background():
     labels = blocks()
@@ -134,8 +132,7 @@ def test_no_targets_at_all_and_in_one_image():
     assert loss["mask"] == loss["dice"] == 0 < loss["class"]
 
 
-# matching
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- matching
 
 def test_perfect_queries_are_found_in_any_order():
     targets = targets_from_labels(blocks(), 19)
@@ -191,8 +188,7 @@ def test_one_copy_to_the_host(monkeypatch):
     assert copies == [(5, 2, 12, 5)]
 
 
-# points
-# -----------------------------------------------------------------------------------------------------------------------
+# ---- points
 
 def test_uncertain_points():
     logits = torch.linspace(-8, 8, 64).expand(1, 1, 64, 64)  # the border is the column in the middle
@@ -203,8 +199,7 @@ def test_uncertain_points():
     assert torch.allclose(point_sample(logits, torch.tensor([[[.5, .5]]])), torch.zeros(1, 1, 1), atol=1e-6)
 
 
-# eq. 15
-# -----------------------------------------------------------------------------------------------------------------------
+# ---- eq. 15
 
 def test_normalized_score_loss():
     scores, labels, weights = torch.rand(2, 19, 8, 8), torch.randint(0, 19, (2, 8, 8)), torch.rand(2, 8, 8)
@@ -238,8 +233,7 @@ def test_no_softmax_over_scores():
         torch.ones(1, 4, 4)) < 1e-4
 
 
-# eq. 16
-# -----------------------------------------------------------------------------------------------------------------------
+# ---- eq. 16
 
 def test_paired_loss_by_hand():
     student, teacher = predictions(10, queries=6), predictions(1, queries=6)
@@ -299,8 +293,7 @@ def test_paired_loss_without_real_queries_and_without_padding_pixels():
         paired_loss(left, something, a[..., :8])["total"], rtol=1e-5)
 
 
-# any head
-# -------------------------------------------------------------------------------------------------------------------------
+# ---- any head
 
 def test_loss_of_masks_is_eq_14():
     output, labels = predictions(), blocks()
@@ -352,8 +345,7 @@ def test_loss_of_pixels_is_float32_under_autocast():
     assert logits.grad.isfinite().all()
 
 
-# precision, processes, devices
-# --------------------------------------------------------------------------------------------------
+# ---- precision, processes, devices
 
 def test_losses_stay_finite_and_float32_under_bfloat16():
     labels = blocks()

@@ -1,4 +1,4 @@
-"""The Mask2Former head: parity with Hugging Face's `transformers`, parameter counts, linked queries, masks, precision."""
+"""The Mask2Former head: parity with `transformers`, parameter counts, linked queries, masks, precision."""
 import copy
 import math
 
@@ -32,8 +32,7 @@ def small_features(batch=2, height=8, width=12, channels=32):
     return [F.interpolate(torch.randn(batch, channels, 4, 6), size=(height, width), mode="bicubic") for _ in range(4)]
 
 
-# parity
-# -----------------------------------------------------------------------------------------------------------------
+# ---- parity
 
 def reference(in_channels, hidden_dim=64, num_queries=12, encoder_layers=2, decoder_layers=4, num_heads=4,
         encoder_ffn=96, decoder_ffn=128, num_classes=19):
@@ -69,7 +68,7 @@ def copied(theirs, head):
     "Copies the reference's weights into an own-query head; every parameter of both is used exactly once."
     pixel, transformer = theirs["pixel"], theirs["transformer"]
     decoder = transformer.decoder
-    pairs, used = [], set()
+    used = set()
     ours = dict(head.named_parameters())
 
     def take(name, *tensors):
@@ -182,8 +181,7 @@ def test_parity_full_size():
     assert_equal_predictions(theirs, head, small_features(1, 8, 10, 1024), 10)
 
 
-# counts and queries
-# -------------------------------------------------------------------------------------------------------
+# ---- counts and queries
 
 def test_parameter_counts():
     with torch.device("meta"):
@@ -237,13 +235,12 @@ def test_bad_input():
         small_head(num_heads=7)
 
 
-# attention
-# ------------------------------------------------------------------------------------------------------------------
+# ---- attention
 
 def test_projection_commutes_with_resizing():
     decoder, features = PixelDecoder(32, 64, num_layers=1, num_heads=4, ffn=64), small_features()
     for scale, conv in ((.5, decoder.project[0]), (2, decoder.project[2]), (4, decoder.lateral)):
-        def resize(x):
+        def resize(x, scale=scale):
             return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
         assert torch.allclose(conv(resize(features[0])), resize(conv(features[0])), atol=1e-5)
 
@@ -305,8 +302,7 @@ def test_first_mask_is_where_the_first_layer_looks():
     assert region[0, :2, :2].all() and region[0].sum() == 4 and region[1].all()  # the empty proposal is opened
 
 
-# precision, caches, copies
-# ----------------------------------------------------------------------------------------------------
+# ---- precision, caches, copies
 
 def test_bfloat16_autocast():
     head, features, queries = small_head(), small_features(), torch.randn(6, 64)

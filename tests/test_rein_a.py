@@ -351,7 +351,7 @@ def test_mixed_proposals_take_no_cell_from_both(data, monkeypatch):
     real = module.compose
     monkeypatch.setattr(module, "compose", lambda s, t, p: seen.append((s, t, p, real(s, t, p))) or seen[-1][-1])
     train(r, 2)
-    for source, target, pasted, mixed in seen:
+    for source, target, _, mixed in seen:
         count = source.shape[1]
         assert mixed.shape[1] == count + target.shape[1]
         from_source, from_target = mixed[:, :count].any(1), mixed[:, count:].any(1)

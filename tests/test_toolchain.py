@@ -40,7 +40,7 @@ def tool(name):
     return str(Path(sys.executable).with_name(name))
 
 
-# Pins -----------------------------------------------------------------------------------------------------------------
+# ---- Pins
 
 
 def pins(lines):
@@ -108,7 +108,7 @@ def test_pins_name_no_place_on_a_disk_or_a_network():
         assert not re.search(r"https?://|file:|--index-url|--find-links| @ ", text), name
 
 
-# Notebooks ------------------------------------------------------------------------------------------------------------
+# ---- Notebooks
 
 
 def test_cleaning_keeps_the_parameters_tag(tmp_path):
@@ -132,7 +132,7 @@ def test_cleaning_keeps_the_parameters_tag(tmp_path):
 @pytest.mark.parametrize("path", WITH_PARAMETERS, ids=lambda path: path.stem)
 def test_has_one_parameters_cell(path):
     tagged = [cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1, f"{path.name}: papermill needs exactly one cell tagged `parameters`, there are {len(tagged)}"
+    assert len(tagged) == 1, f"{path.name}: papermill needs exactly one cell tagged `parameters`, it has {len(tagged)}"
     for line in tagged[0].source.splitlines():
         assert "=" not in line.partition("#")[
             2], f"{path.name}: a `=` in a parameter's comment hides it from papermill --help-notebook: {line}"
@@ -158,7 +158,8 @@ def test_saved_outputs_hold_no_error_and_no_path_of_a_machine(path):
     for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
         texts = [cell.source]
         for output in cell.get("outputs", []):
-            assert output.output_type != "error", f"{path.name}, cell {number}: saved error {output.ename}: {output.evalue}"
+            saved = f"{path.name}, cell {number}: saved error {output.get('ename')}: {output.get('evalue')}"
+            assert output.output_type != "error", saved
             texts += [output.get("text", "")] + [str(value) for kind, value in output.get("data", {}).items()
                 if not kind.startswith("image/")]
         for text in texts:
@@ -203,7 +204,7 @@ def test_readme_links_lead_somewhere():
         assert (ROOT / link).exists(), f"README.md links to {link}"
 
 
-# The package ----------------------------------------------------------------------------------------------------------
+# ---- The package
 
 
 def test_no_large_file():
@@ -232,7 +233,8 @@ def test_modules_import_on_a_bare_machine():
     The rest of the package without any notebook tool."""
     code = """
 import importlib, sys
-tools = "nbdev execnb papermill jupyter jupyter_client jupyter_core IPython ipykernel ipywidgets nbformat pytest sam2 matplotlib".split()
+tools = "nbdev execnb papermill jupyter jupyter_client jupyter_core IPython ipykernel ipywidgets nbformat".split()
+tools += "pytest sam2 matplotlib".split()
 extra = "cv2 pandas skimage scipy torchmetrics transformers peft".split()
 sys.modules.update(dict.fromkeys(tools + extra))  # None: importing it raises ModuleNotFoundError
 for room in ROOMS:

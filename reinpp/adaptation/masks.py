@@ -106,8 +106,7 @@ def select(
     "The `limit` best masks that are not empty (of equal scores the larger), the largest first."
     area = np.array([np.count_nonzero(mask) for mask in masks], int)
     keep = np.flatnonzero(area)
-    if not by_area:
-        keep = keep[np.lexsort((-area[keep], -scores[keep]))][:limit]
+    if not by_area: keep = keep[np.lexsort((-area[keep], -scores[keep]))][:limit]
     keep = keep[np.argsort(-area[keep], kind="stable")][:limit]
     scores, boxes = (torch.from_numpy(values[keep].astype(np.float32)) for values in (scores, boxes))
     return Proposals(pack(torch.from_numpy(masks[keep])), scores, boxes, image_size, reduction)
@@ -147,8 +146,7 @@ def _source(proposals, geometry, axis, stride):
     points = max(1, round(stride / proposals.reduction * shrink))  # in a cell of the result: its number of stored cells
     position = (np.arange(crop // stride * points) + 0.5) * stride / points
     inside = position < shown
-    if axis == 1 and geometry.flip:
-        position = shown - position
+    if axis == 1 and geometry.flip: position = shown - position
     place = np.clip((position + start) * shrink / proposals.reduction - 0.5, 0, last)
     before = np.floor(place).astype(int)
     return before, np.minimum(before + 1, last), np.rint((place - before) * 16).astype(np.uint8), inside
@@ -177,8 +175,7 @@ def pad(
     limit: int = 100,  # number of masks to return
 ) -> tuple:
     "The largest masks (..., limit, h, w), filled up with empty ones, and the key mask (..., limit): True = padding."
-    if (count := masks.shape[-3]) < limit:
-        masks = F.pad(masks, (0, 0, 0, 0, 0, limit - count))
+    if (count := masks.shape[-3]) < limit: masks = F.pad(masks, (0, 0, 0, 0, 0, limit - count))
     area, order = _area(masks).topk(limit, -1)
     return masks.take_along_dim(order[..., None, None], -3), area == 0
 

@@ -376,8 +376,7 @@ def views(self: ReinA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         views.update(mixed=taught.x_mix, mixed_label=torch.where(pasted, batch["source_label"], pseudo.label))
     if s.use_mask:
         views["masked"] = hide_blocks(x_t, self.segmenter.mean, s.mask_block, s.mask_ratio)
-    if taught.c_stm is not None:
-        views["stm"] = taught.c_stm
+    if taught.c_stm is not None: views["stm"] = taught.c_stm
     return {name: value.cpu() for name, value in views.items()}
 
 

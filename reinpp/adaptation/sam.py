@@ -43,8 +43,7 @@ def find_checkpoint(
 
     Raises ValueError for an unknown model, FileNotFoundError that says where the file can be had."""
     models = SAM1 if engine == "sam1" else SAM2
-    if engine == "sam1" or checkpoint is None:
-        check_choice(f"{engine}: model", model, models)
+    if engine == "sam1" or checkpoint is None: check_choice(f"{engine}: model", model, models)
     if checkpoint == "random": return None
     _, name, size = models.get(model, (None, None, None))
     path = Path(checkpoint) if checkpoint else data_folder() / "weights" / name
@@ -159,8 +158,7 @@ def _net(engine, model, checkpoint, image_size, device):
         else:
             net = _sam2_net(model, image_size)
     try:
-        if state is not None:
-            net.load_state_dict(state)
+        if state is not None: net.load_state_dict(state)
     except RuntimeError as error:
         message = (f"{engine}, model {str(model)!r}: {path} holds another model "
                    f"({len(str(error).splitlines()) - 1} differences): name the model that it belongs to")

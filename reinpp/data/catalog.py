@@ -155,8 +155,7 @@ def _open(self: OnDisk, folder, split, part, labels=True, keep=None, on_error=No
 class CamVid(OnDisk):
     "`<split>/` and `<split>annot/`, for any split."
 
-    def fits(self, folder: Path) -> bool:
-        return True
+    def fits(self, folder: Path) -> bool: return True
 
     def parts(self, folder: Path) -> dict[str, Part]:
         names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.endswith("annot"))
@@ -166,8 +165,7 @@ class CamVid(OnDisk):
 class CityscapesC(OnDisk):
     "`<corruption>/<severity>/<city>/*_leftImg8bit.png`; the labels of Cityscapes val lie inside or beside it."
 
-    def fits(self, folder: Path) -> bool:
-        return bool(self.parts(folder))
+    def fits(self, folder: Path) -> bool: return bool(self.parts(folder))
 
     def parts(self, folder: Path) -> dict[str, Part]:
         found = sorted(f"{p.parent.name}/{p.name}" for p in folder.glob("*/[1-5]") if p.parent.name != "gtFine")

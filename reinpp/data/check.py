@@ -33,8 +33,7 @@ from reinpp.files import (
 )
 
 # %% ../../nbs/18_check.ipynb #13c4a9ea
-def _hash(data, size):
-    return hashlib.blake2b(data, digest_size=size).hexdigest()
+def _hash(data, size): return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
 def look(
@@ -74,8 +73,7 @@ def _key(image, label, form, rotation):
     return "|".join([str(VERSION), str(label), table, rotation, *(f"{s.st_size}.{s.st_mtime_ns}" for s in states)])
 
 
-def _look(arguments):
-    return look(*arguments)
+def _look(arguments): return look(*arguments)
 
 
 def _look_at(pairs, rotation, memory, workers, progress, title):
@@ -93,8 +91,7 @@ def _look_at(pairs, rotation, memory, workers, progress, title):
                 fresh[str(pair[0])] = found | dict(key=keys[str(pair[0])])
                 bar.update()
     finally:  # whatever happens, what was seen stays seen
-        if fresh and memory:
-            write_atomically(memory, json.dumps(kept | fresh).encode())
+        if fresh and memory: write_atomically(memory, json.dumps(kept | fresh).encode())
     return [(kept | fresh)[str(pair[0])] for pair in pairs]
 
 # %% ../../nbs/18_check.ipynb #42fb5891

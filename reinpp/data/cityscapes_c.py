@@ -48,8 +48,7 @@ class _Draws(np.random.RandomState):
 
     def randint(self, low, high=None, size=None, dtype=int):
         if size != (2,): return super().randint(low, high, size, dtype)
-        if self.pairs is None:
-            self.pairs = self._blocks(low, high)
+        if self.pairs is None: self.pairs = self._blocks(low, high)
         return next(self.pairs)
 
     def _blocks(self, low, high):
@@ -61,8 +60,7 @@ class _Numpy:
     "numpy, with the name that was removed, and with a `random` of our own."
     float_, random = np.float64, None
 
-    def __getattr__(self, name):
-        return getattr(np, name)
+    def __getattr__(self, name): return getattr(np, name)
 
 
 @lru_cache
@@ -82,8 +80,7 @@ def _corruptions():
             warnings.simplefilter("ignore", DeprecationWarning)
             import imagecorruptions.corruptions as module
     finally:
-        if absent:
-            del sys.modules["pkg_resources"]
+        if absent: del sys.modules["pkg_resources"]
 
     def gaussian(image, sigma=1, multichannel=False, **options):
         return skimage.filters.gaussian(image, sigma, channel_axis=-1 if multichannel else None, **options)
@@ -179,8 +176,7 @@ def _files(folder):
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.png"))}
 
 
-def _digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _complete_manifest(out):
@@ -222,10 +218,8 @@ def make_cityscapes_c(
     if not names:
         raise FileNotFoundError(f"{source}: no images; get leftImg8bit_trainvaltest.zip from "
                                 "https://www.cityscapes-dataset.com and unpack it there, or name the folder (source)")
-    for corruption in corruptions:
-        check_choice("corruption", corruption, CORRUPTIONS)
-    for severity in severities:
-        check_choice("severity", severity, SEVERITIES)
+    for corruption in corruptions: check_choice("corruption", corruption, CORRUPTIONS)
+    for severity in severities: check_choice("severity", severity, SEVERITIES)
     _same_versions(out, seed)
     for left in out.rglob(".*.tmp"):
         left.unlink()  # of a process that was killed

@@ -59,8 +59,7 @@ class Dataset(torch.utils.data.Dataset):
             bad.share_memory_()  # data-loading processes write into one list
         self.bad = {"image": bad[0], "pair": bad[1]}
 
-    def __len__(self):
-        return len(self.reader.names)
+    def __len__(self): return len(self.reader.names)
 
     def __repr__(self):
         return f"{self.name}/{self.split}: {len(self)} images, {'labelled' if self.labelled else 'no labels'}"
@@ -121,8 +120,7 @@ def _read(self: Dataset, i: int, kind: str, read: Callable):
 def actual(self: Dataset, i: int, kind: str | None = None) -> int:
     "The number of the pair that `ds[i]` (kind \"image\": `read_image(i)`) has given: `i`, or its stand-in's."
     i, bad = range(len(self))[i], self.bad[kind or ("pair" if self.labelled else "image")]
-    while bad[i]:
-        i = (i + 1) % len(self)
+    while bad[i]: i = (i + 1) % len(self)
     return i
 
 
@@ -153,14 +151,11 @@ class Scenes:
             self.kept[i] = scene.image, scene.label if self.labels else None
         return self.kept[i]
 
-    def image(self, i: int) -> np.ndarray:
-        return self.pair(i)[0]
+    def image(self, i: int) -> np.ndarray: return self.pair(i)[0]
 
-    def label(self, i: int) -> np.ndarray:
-        return self.pair(i)[1]
+    def label(self, i: int) -> np.ndarray: return self.pair(i)[1]
 
-    def instances(self, i: int) -> np.ndarray:
-        return draw_scene(self.seeds[i], *self.how).instances
+    def instances(self, i: int) -> np.ndarray: return draw_scene(self.seeds[i], *self.how).instances
 
 
 _drawn = lru_cache(maxsize=8)(Scenes)  # the same scenes, opened twice, are drawn once
@@ -299,8 +294,7 @@ class Files:
 
     def once(self, key: tuple, read: Callable, *args) -> np.ndarray:
         if self.kept is None: return read(*args)
-        if key not in self.kept:
-            self.kept[key] = read(*args)
+        if key not in self.kept: self.kept[key] = read(*args)
         return self.kept[key]
 
     def image(self, i: int) -> np.ndarray:
@@ -326,14 +320,11 @@ class Concat:
         k = bisect.bisect_right(self.ends, i)
         return getattr(self.datasets[k].reader, what)(i - (self.ends[k - 1] if k else 0))
 
-    def image(self, i: int) -> np.ndarray:
-        return self.ask("image", i)
+    def image(self, i: int) -> np.ndarray: return self.ask("image", i)
 
-    def label(self, i: int) -> np.ndarray:
-        return self.ask("label", i)
+    def label(self, i: int) -> np.ndarray: return self.ask("label", i)
 
-    def instances(self, i: int) -> np.ndarray:
-        return self.ask("instances", i)
+    def instances(self, i: int) -> np.ndarray: return self.ask("instances", i)
 
 
 def concat(

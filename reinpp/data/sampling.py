@@ -93,8 +93,7 @@ def _write_statistics(dataset, counts, folder):
         for i, row in enumerate(counts.tolist())}
     with_class = {}
     for path, row in by_path.items():
-        for c, n in row.items():
-            with_class.setdefault(c, []).append([path, n])
+        for c, n in row.items(): with_class.setdefault(c, []).append([path, n])
     contents = [row | {"file": path} for path, row in by_path.items()], by_path, with_class
     write_together({Path(folder) / name: json.dumps(content, indent=2).encode()
         for name, content in zip(STATISTICS, contents)})
@@ -109,8 +108,7 @@ def _read_statistics(dataset, folder):
             entry = entries.get(converted.rpartition("/")[2]) or entries.get(own)
             if entry is None:
                 raise ValueError(f"it has no entry for {converted}")
-            for c in entry.keys() - {"file"}:
-                counts[i, int(c)] = entry[c]
+            for c in entry.keys() - {"file"}: counts[i, int(c)] = entry[c]
         if not np.array_equal(_pixels(dataset, 0), counts[0]):
             raise ValueError(f"its counts for {_label_names(dataset, 0)[0]} are not those of the label")
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -103,8 +103,7 @@ class Canvas:
         "Fill a polygon with corners (n, 2) in pixels; thing 0 paints colour only."
         points = self.points(corners)
         self.cv2.fillPoly(self.image, [points], colour, shift=3)
-        if thing:
-            self.cv2.fillPoly(self.ids, [points], thing, shift=3)
+        if thing: self.cv2.fillPoly(self.ids, [points], thing, shift=3)
 
     def side(self, x: float, z0: float, z1: float, y0: float, y1: float) -> tuple:
         "Pixel corners of an upright rectangle along the street, at x from z0 to z1 and y0 to y1."
@@ -124,8 +123,7 @@ class Canvas:
 
     def light(self, thing: int, corners, colour: Colour) -> None:
         "A lit area on a thing, seen only where the thing itself is seen."
-        if self.dark:
-            self.lights.append((thing, self.points(corners), colour))
+        if self.dark: self.lights.append((thing, self.points(corners), colour))
 
 # %% ../../nbs/10_scene_canvas.ipynb #5a1c0d15
 class Stand(NamedTuple):
@@ -170,8 +168,7 @@ class Stand(NamedTuple):
         "A lamp of 2 * half metres, for the dark; with a halo radius in metres it lights its surroundings."
         u, v, s = self.u + x * self.scale, self.v - y * self.scale, max(half * self.scale, 0.8)
         self.canvas.light(self.thing, ((u - s, v - s), (u + s, v - s), (u + s, v + s), (u - s, v + s)), colour)
-        if halo and self.canvas.dark:
-            self.canvas.lamps.append((u, v, halo * self.scale, colour))
+        if halo and self.canvas.dark: self.canvas.lamps.append((u, v, halo * self.scale, colour))
 
 
 @patch

@@ -69,8 +69,7 @@ def wall(c: Canvas, r: Draws, x: float, z0: float, z1: float) -> None:
     thing, height = c.thing("wall", z0), r(1.4, 2.6)
     colour = r.near(r.pick(((168, 160, 150), (150, 112, 92), (140, 140, 148))), 12)
     c.quad(thing, x, z0, z1, 0, height, colour)
-    for y in np.arange(0.35, height, 0.45):
-        c.quad(0, x, z0, z1, y, y + 0.06, shade(colour, 0.72))
+    for y in np.arange(0.35, height, 0.45): c.quad(0, x, z0, z1, y, y + 0.06, shade(colour, 0.72))
     c.quad(0, x, z0, z1, height - 0.2, height, shade(colour, 1.25))
 
 
@@ -307,8 +306,7 @@ def crossing_box(c: Canvas, r: Draws, x: float, z: float, name: str) -> None:
         lo, hi = sorted((-flip * h, flip * (h - 2.2)))
         s.box(-h, 0.5, h, 0.9, (44, 44, 48))
         s.box(lo, 0.9, hi, 3.4, cargo)
-        for a in np.linspace(lo, hi, 5)[1:-1]:
-            s.box(a, 0.9, a + .12, 3.4, shade(cargo, 0.7), True)
+        for a in np.linspace(lo, hi, 5)[1:-1]: s.box(a, 0.9, a + .12, 3.4, shade(cargo, 0.7), True)
         lo, hi = sorted((flip * (h - 2.0), flip * h))
         s.box(lo, 0.4, hi, 2.7, cab)
         s.box(lo + .4, 1.6, hi - .4, 2.4, _GLASS, True)
@@ -329,8 +327,7 @@ def crossing_box(c: Canvas, r: Draws, x: float, z: float, name: str) -> None:
             s.box(a, 1.5, a + 1.5, 2.6, _GLASS, True)
             s.glow(a + .75, 2.05, 0.5, (230, 214, 160))
         wheels = ()
-    for a in wheels:
-        s.disc(a * h, 0.5, 0.5, 0.5, TYRE)
+    for a in wheels: s.disc(a * h, 0.5, 0.5, 0.5, TYRE)
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d34
 _CLOTHES = ((180, 50, 50), (40, 70, 140), (230, 226, 220), (50, 52, 60), (210, 160, 60), (70, 120, 80), (150, 80, 140),

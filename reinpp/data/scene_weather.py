@@ -47,8 +47,7 @@ class Look:
     def scale(self, factors) -> None:
         "Multiply by factors of 256, at most 2: a number, (H, W) or (H, W, 3)."
         halves = np.minimum(np.asarray(factors) >> 1, 256).astype(np.uint16)
-        if halves.ndim == 2:
-            halves = self.cv2.merge((halves,) * 3)
+        if halves.ndim == 2: halves = self.cv2.merge((halves,) * 3)
         self.image = np.minimum((self.image * halves) >> 7, 255).astype(np.uint8)
 
     def saturate(self, share: int) -> None:
@@ -111,8 +110,7 @@ def _night(look, strength):
     beam = beam.astype(np.int32)
     light = [(beam * warm >> 8) + int(a) for a, warm in zip(ambient, (256, 244, 220))]
     sky, dim = look.label == _SKY, r(0.35, 0.75)
-    for channel, a in zip(light, ambient):
-        channel[sky] = int(a * dim)
+    for channel, a in zip(light, ambient): channel[sky] = int(a * dim)
     look.scale(cv2.merge(light) + (pool * 3 >> 1))
     look.add((shine + (pool >> 2)).astype(np.int16))
     look.add(look.noise() * int(10 * strength) >> 7)

@@ -91,8 +91,7 @@ def _ground(c, r):
     for picture, value in ((c.image, r.near(grass, 8)), (c.ids, ground)):
         c.cv2.rectangle(picture, (0, horizon), (c.width, c.height), value, -1)
     for side, curb, walk, verge, edge in zip(_SIDES, plan.curbs, plan.walk, plan.verge, plan.edge):
-        if verge:
-            c.strip(c.thing("terrain", 20.0), edge, walk, _NEAR, _FAR, r.near(grass, 12))
+        if verge: c.strip(c.thing("terrain", 20.0), edge, walk, _NEAR, _FAR, r.near(grass, 12))
         path = c.thing("sidewalk", 10.0)
         c.strip(path, walk if verge else edge, curb, _NEAR, _FAR, r.near(paving, 6))
         for z in (2.2, 2.9, 3.8, 5.0, 6.6, 9.0):  # joints between the slabs
@@ -155,8 +154,7 @@ def _back_row(c, r, plan):
                 continue
             for k in range(int(3 * a) + 1):
                 things.tree(c, r, x + side * (1.5 + 5 * b), z1 - (k + .5) * (z1 - z0) / 3)
-            if kind != "open":
-                getattr(things, kind)(c, r, x, z0, z1)
+            if kind != "open": getattr(things, kind)(c, r, x, z0, z1)
 
 # %% ../../nbs/13_scenes.ipynb #5a1c0d67
 def _traffic(r, plan):
@@ -248,10 +246,8 @@ def _street(c, r):
     plan = _ground(c, r)
     _back_row(c, r, plan)
     found = [*_traffic(r, plan), *_curbside(r, plan, 0), *_curbside(r, plan, 1)]
-    if plan.cross:
-        found += _crossing(r, plan)
-    for _, draw, *arguments in sorted(found, key=lambda thing: -thing[0]):
-        draw(c, r, *arguments)
+    if plan.cross: found += _crossing(r, plan)
+    for _, draw, *arguments in sorted(found, key=lambda thing: -thing[0]): draw(c, r, *arguments)
 
 # %% ../../nbs/13_scenes.ipynb #daa78c83
 WEATHERS = ("day", "night", "fog", "rain", "snow")
@@ -288,8 +284,7 @@ def draw_scene(
     _street(canvas, r)
     look = Look(canvas, Draws(seed, 1, WEATHERS.index(weather), STYLES.index(style)))
     texture(look, 100 if style == "game" else 256)
-    if weather != "day":
-        WEATHER[weather](look, 1.0)
+    if weather != "day": WEATHER[weather](look, 1.0)
     photograph(look, style)
     return Scene(look.image, look.label, canvas.ids)
 
@@ -319,14 +314,11 @@ def style_pair(
         mix = np.rint(256 * mix).astype(np.int32)
         look.image = np.minimum(look.image.astype(np.int32) @ mix.T >> 8, 255).astype(np.uint8)
     texture(look, r.count(0, 300))
-    if weather != "day":
-        WEATHER[weather](look, strength)
+    if weather != "day": WEATHER[weather](look, strength)
     look.saturate(r.count(80, 400))
-    if r.chance(0.5):
-        look.image = cv2.GaussianBlur(look.image, (3, 3), 0)
+    if r.chance(0.5): look.image = cv2.GaussianBlur(look.image, (3, 3), 0)
     low, high, gamma = r(-30, 60), r(170, 300), r(0.6, 1.6)
     curve = low + (high - low) * (np.arange(256) / 255) ** gamma
     look.image = cv2.LUT(look.image, np.rint(curve.clip(0, 255)).astype(np.uint8))
-    if r.chance(0.7):
-        look.add(look.noise() * r.count(2, 26) >> 7)
+    if r.chance(0.7): look.add(look.noise() * r.count(2, 26) >> 7)
     return look.image, clean

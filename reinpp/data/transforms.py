@@ -56,16 +56,13 @@ def resize_label(label: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.resize(label[None], list(size), interpolation=v2.InterpolationMode.NEAREST)[0]
 
 # %% ../../nbs/17_transforms.ipynb #80ed3ab9
-def _uniform(low, high):
-    return torch.empty(()).uniform_(low, high).item()
+def _uniform(low, high): return torch.empty(()).uniform_(low, high).item()
 
 
-def _coin(p=.5):
-    return torch.rand(()).item() < p
+def _coin(p=.5): return torch.rand(()).item() < p
 
 
-def _randint(n):
-    return int(torch.randint(n, ()))
+def _randint(n): return int(torch.randint(n, ()))
 
 
 _CHANNEL = torch.tensor([5., 3., 1.]).view(3, 1, 1)
@@ -87,18 +84,14 @@ def shift_hsv(
 
 def photometric_distortion(image: torch.Tensor) -> torch.Tensor:
     "Float (3, H, W) in [0, 1]: brightness +-32/255, contrast, saturation 0.5 to 1.5, hue +-18/180, each with p = 0.5."
-    def contrast(x):
-        return (x * _uniform(.5, 1.5)).clamp(0, 1) if _coin() else x
+    def contrast(x): return (x * _uniform(.5, 1.5)).clamp(0, 1) if _coin() else x
 
-    if _coin():
-        image = (image + _uniform(-32, 32) / 255).clamp(0, 1)
+    if _coin(): image = (image + _uniform(-32, 32) / 255).clamp(0, 1)
     contrast_first = _coin()
-    if contrast_first:
-        image = contrast(image)
+    if contrast_first: image = contrast(image)
     saturation = _uniform(.5, 1.5) if _coin() else 1.
     hue = _uniform(-18, 18) / 180 if _coin() else 0.
-    if (saturation, hue) != (1., 0.):
-        image = shift_hsv(image, saturation, hue)
+    if (saturation, hue) != (1., 0.): image = shift_hsv(image, saturation, hue)
     return image if contrast_first else contrast(image)
 
 # %% ../../nbs/17_transforms.ipynb #1cefb994
@@ -133,8 +126,7 @@ class TrainTransform:
                 n = torch.bincount(part.flatten(), minlength=IGNORE + 1)[:IGNORE]
                 if (n > 0).sum() > 1 and n.max() < self.max_class_share * n.sum(): break
             if wanted is None: return geometry
-            if n[wanted] > most:
-                best, most = geometry, int(n[wanted])
+            if n[wanted] > most: best, most = geometry, int(n[wanted])
             if most >= self.min_class_pixels / 2: break
         return best
 
@@ -145,17 +137,14 @@ class TrainTransform:
         short = int(self.base * self.scales[_randint(len(self.scales))] / 10)
         size = short_edge_size(*image.shape[-2:], short, self.max_long)
         image = resize_image(image.as_subclass(torch.Tensor), size)
-        if label is not None:
-            label = resize_label(label.as_subclass(torch.Tensor), size)
+        if label is not None: label = resize_label(label.as_subclass(torch.Tensor), size)
         geometry = self.place(size, label, wanted_class)._replace(flip=_coin(self.flip))
         h, w = geometry.inside
         image = geometry._replace(crop=(h, w)).cut(image).float() / 255
-        if self.photometric:
-            image = photometric_distortion(image)
+        if self.photometric: image = photometric_distortion(image)
         out = self.fill.expand(3, self.crop, self.crop).clone()
         out[:, :h, :w] = image
-        if label is None:
-            label = torch.zeros((), dtype=torch.int64).expand(size)
+        if label is None: label = torch.zeros((), dtype=torch.int64).expand(size)
         return out, geometry.cut(label, IGNORE).long(), geometry
 
 # %% ../../nbs/17_transforms.ipynb #24a40b31
@@ -181,10 +170,8 @@ _jitter = v2.ColorJitter(.2, .2, .2, .2)
 
 def strong_augment(image: torch.Tensor) -> torch.Tensor:
     "Float (3, H, W) in [0, 1], jittered by 0.2 (p = 0.8) and blurred, sigma 0.15 to 1.15 (p = 0.5), as in DACS."
-    if _coin(.8):
-        image = _jitter(image)
-    if _coin(.5):
-        image = F.gaussian_blur(image, [11, 11], [_uniform(.15, 1.15)])
+    if _coin(.8): image = _jitter(image)
+    if _coin(.5): image = F.gaussian_blur(image, [11, 11], [_uniform(.15, 1.15)])
     return image
 
 # %% ../../nbs/17_transforms.ipynb #770eb321

@@ -214,12 +214,10 @@ def create_backbone(
     options = dict(num_classes=0, dynamic_img_size=True) | ({} if official else size) | spec.options | options
     with torch.device("meta") if meta else nullcontext():
         model = load_weights(name, spec, make, options, weights) if loads else make(**options)
-    if spec.weights:
-        model.pretrained_cfg.update(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if spec.weights: model.pretrained_cfg.update(mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if not hasattr(model, "num_prefix_tokens"):
         model.num_prefix_tokens = 0  # SAM: every token is a patch
-    if official:
-        official_resize(model, image_size, patch or patch_size_of(model))
+    if official: official_resize(model, image_size, patch or patch_size_of(model))
     return hold_in(freeze(model), hold, device)
 
 

@@ -57,8 +57,7 @@ class BitFit(Adapter):
         "The biases of the blocks, their values exchanged with the remembered ones."
         biases = [p for name, p in vit.blocks.named_parameters() if name.endswith("bias")]
         now = [p.detach().clone() for p in biases]
-        for p, other in zip(biases, self._other):
-            p.copy_(other)
+        for p, other in zip(biases, self._other): p.copy_(other)
         self._other = now or self._other
         return biases
 
@@ -67,13 +66,11 @@ class BitFit(Adapter):
         if not biases:
             raise ValueError(f"BitFit: the blocks of this {type(vit).__name__} have no bias to train")
         vit.eval().requires_grad_(False)
-        for p in biases:
-            p.requires_grad_(True)
+        for p in biases: p.requires_grad_(True)
 
     def detach(self) -> None:
         for vit in self._vit:
-            for p in self._swap(vit):
-                p.requires_grad_(False).grad = None
+            for p in self._swap(vit): p.requires_grad_(False).grad = None
         super().detach()
 
 # %% ../../nbs/22_baselines.ipynb #12c3af90
@@ -162,8 +159,7 @@ class AdaptFormer(Adapter):
         self.up = nn.ModuleList(nn.Linear(width, embed_dim) for _ in range(depth))
         for down, up in zip(self.down, self.up):
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-            for p in (down.bias, up.weight, up.bias):
-                nn.init.zeros_(p)
+            for p in (down.bias, up.weight, up.bias): nn.init.zeros_(p)
         self._inputs = {}  # of each MLP, until its block adds up
 
     def _place(self, vit: nn.Module) -> None:

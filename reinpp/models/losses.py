@@ -151,16 +151,14 @@ def _class_loss(logits, wanted, whole=True):
     weight[-1] = _NO_OBJECT
     loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), weight, reduction="none", ignore_index=-100)
     share = weight[wanted.clamp(min=0)].masked_fill(wanted < 0, 0).flatten(1).sum(1)
-    if whole:
-        share, = all_reduce_mean([share])
+    if whole: share, = all_reduce_mean([share])
     return (loss.view(len(logits), wanted[0].numel()).sum(1) / share.clamp(min=1e-6)).sum()
 
 
 def _mask_losses(x, t, v=None):
     "BCE and dice over the last axis of logits x and targets t; v: how much each place counts, 0 to 1."
     bce, p = F.binary_cross_entropy_with_logits(x, t.expand_as(x), reduction="none"), x.sigmoid()
-    if v is None:
-        return bce.mean(-1), 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+    if v is None: return bce.mean(-1), 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
     p = p * v
     dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + (t * v).sum(-1) + 1)
     return (bce * v).sum(-1) / v.sum(-1).clamp(min=1e-6), dice
@@ -196,8 +194,7 @@ def mask_classification_loss(
     with torch.autocast(device.type, enabled=False):
         logits = torch.stack(output.class_logits).float()
         wanted = _wanted_classes(logits, classes, image, query, found)
-        if output.padding is not None:
-            wanted = wanted.masked_fill(output.padding, -100)
+        if output.padding is not None: wanted = wanted.masked_fill(output.padding, -100)
         masks = torch.stack([m[image, q] for m, q in zip(output.mask_logits, query)], 1).float()  # (T, L, h, w)
         flat = masks.flatten(0, 1).unsqueeze(1)
         points = uncertain_points(flat.detach(), num_points, elsewhere)  # of processes that have masks, too

@@ -168,8 +168,7 @@ def forward(
 def feed_forward(dim: int, width: int) -> nn.Sequential:
     "Linear, ReLU, linear, Xavier."
     layers = nn.Sequential(nn.Linear(dim, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
-    for layer in (layers[0], layers[2]):
-        nn.init.xavier_normal_(layer.weight)
+    for layer in (layers[0], layers[2]): nn.init.xavier_normal_(layer.weight)
     return layers
 
 
@@ -190,8 +189,7 @@ def convolution(in_channels: int, out_channels: int, kernel: int = 1, bias: bool
     "A convolution that keeps the size, Kaiming-initialised."
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
     nn.init.kaiming_uniform_(conv.weight, a=1)
-    if bias:
-        nn.init.zeros_(conv.bias)
+    if bias: nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -225,8 +223,7 @@ class PixelDecoder(nn.Module):
         self.in_channels, self.hidden_dim, self.scales = in_channels, hidden_dim, tuple(scales)
         self.project = nn.ModuleList(convolution(in_channels, hidden_dim) for _ in range(3))  # strides 32, 16, 8
         self.norms = nn.ModuleList(group_norm(hidden_dim) for _ in range(3))
-        for conv in self.project:
-            nn.init.xavier_uniform_(conv.weight)
+        for conv in self.project: nn.init.xavier_uniform_(conv.weight)
         self.level_embed = nn.Parameter(torch.randn(3, hidden_dim))
         self.layers = nn.ModuleList(DeformableLayer(hidden_dim, num_heads, num_points, ffn) for _ in range(num_layers))
         self.lateral, self.lateral_norm = convolution(in_channels, hidden_dim, bias=False), group_norm(hidden_dim)
@@ -245,8 +242,7 @@ class PixelDecoder(nn.Module):
         tokens = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)
         position = torch.cat([sine_position(h, w, self.hidden_dim, tokens.device) + level
                               for (h, w), level in zip(shapes, self.level_embed)])
-        for layer in self.layers:
-            tokens = layer(tokens, position, shapes)
+        for layer in self.layers: tokens = layer(tokens, position, shapes)
         maps = [t.transpose(1, 2).unflatten(2, s) for t, s in zip(tokens.split([h * w for h, w in shapes], 1), shapes)]
         fine = self.lateral_norm(resize(self.lateral(features[0]), self.scales[0]))
         fine = fine + F.interpolate(maps[-1].contiguous(), size=fine.shape[-2:], mode="bilinear", align_corners=False)
@@ -303,8 +299,7 @@ class DecoderLayer(nn.Module):
         padding: Tensor | None = None,  # (B, Q) bool: True where a query is none; the others do not look at it
     ) -> Tensor:  # (B, Q, dim)
         "Look at the image, look at each other, think."
-        if allowed is not None:
-            allowed = allowed.unsqueeze(1)
+        if allowed is not None: allowed = allowed.unsqueeze(1)
         x = self.norm1(x + self.cross(x + position, keys, memory, allowed))
         here = x + position
         real = None if padding is None else open_rows(~padding)[:, None, None]

@@ -74,8 +74,7 @@ def present_name(name: str) -> str:
 # %% ../../nbs/28_official.ipynb #4e9b1d02
 def official_sizes(state: dict[str, torch.Tensor]) -> tuple[dict, dict]:
     "What shapes tell: arguments of `ReinG` and of `Mask2Former`, without those that are the defaults."
-    def rows(name):
-        return len(state[f"decode_head.{name}"])
+    def rows(name): return len(state[f"decode_head.{name}"])
 
     encoder, decoder = _layers(state)
     _, tokens, rank = state["backbone.reins.learnable_tokens_a"].shape
@@ -130,8 +129,7 @@ def load_official(
         patches = math.isqrt(frozen["backbone.pos_embed"].shape[1] - 1)  # a side; one token is the class token
         image_size = patches * frozen["backbone.patch_embed.proj.weight"].shape[-1]
     rein_args, head_args = official_sizes(state)
-    if num_heads != 8:
-        head_args["num_heads"] = num_heads
+    if num_heads != 8: head_args["num_heads"] = num_heads
     segmenter = create_segmenter(
         backbone, "rein_g", "mask2former", len(state["decode_head.cls_embed.bias"]) - 1, image_size or 512,
         pretrained and not frozen, dict(num_heads=1, gelu=False) | rein_args, head_args, "imagenet",

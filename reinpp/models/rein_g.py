@@ -32,10 +32,8 @@ class Adapter(nn.Module):
 
     def detach(self) -> None:
         "The backbone is the untouched model again."
-        for hook in self._hooks:
-            hook.remove()
-        for vit in self._vit:
-            vit._reinpp_adapter = None
+        for hook in self._hooks: hook.remove()
+        for vit in self._vit: vit._reinpp_adapter = None
         self._vit, self._hooks = [], []
 
 # %% ../../nbs/21_rein_g.ipynb #0e21644a
@@ -195,8 +193,7 @@ def queries(self: ReinG) -> torch.Tensor | None:
     "The linked queries (m, query_dim), eq. 8-10; None when the link is switched off."
     if not self.config["link_queries"]: return None
     t = self.tokens()
-    if self.normalize_link:
-        t = F.layer_norm(t, t.shape[-1:])
+    if self.normalize_link: t = F.layer_norm(t, t.shape[-1:])
     q = self.token_to_query(t)  # (N, m, query_dim)
     return self.merge(torch.stack([q.amax(0), q.mean(0), q[-1]], dim=-1).flatten(-2))
 

@@ -110,10 +110,8 @@ def create_segmenter(
         raise ValueError(
             f"head={head!r} labels pixels and has no queries to link: leave link_queries out of adapter_args")
     sizes = dict(scales=tuple(patch_size / stride for stride in STRIDES))
-    if head not in PER_PIXEL:
-        sizes["linked"] = queries is not None
-    if queries is not None:
-        sizes["num_queries"] = len(queries)
+    if head not in PER_PIXEL: sizes["linked"] = queries is not None
+    if queries is not None: sizes["num_queries"] = len(queries)
     try:
         top = HEADS[head](vit.embed_dim, num_classes, **sizes | head_args)
     except TypeError as error:
@@ -231,8 +229,7 @@ def load_adapter(self: Segmenter, folder: str | Path) -> Segmenter:
     own = self.trained_state()
     check_fits(folder, config, state, self.config, own)
     moved = {name: state[name].to(t) for name, t in own.items()}  # what can fail, fails before anything is changed
-    for name, t in own.items():
-        t.copy_(moved[name])
+    for name, t in own.items(): t.copy_(moved[name])
     megabytes = round(sum(t.nbytes for t in state.values()) / 1e6, 3)
     self.loaded = dict(folder=str(folder), dtype=config["dtype"], megabytes=megabytes, record=config["record"])
     if config["dtype"] != "float32":

@@ -47,8 +47,7 @@ class Row:
     reference: bool = True  # whether the benchmark's reference is measured beside it
 
     @property
-    def hold(self) -> str:
-        return self.model.get("backbone_args", {}).get("hold", "fp32")
+    def hold(self) -> str: return self.model.get("backbone_args", {}).get("hold", "fp32")
 
     @property
     def sizes(self) -> dict:
@@ -152,15 +151,13 @@ class Clock:
     def switch(self, part: str) -> None:
         "From now on the time is this part's."
         now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
-        if self.cuda:
-            now.record()
+        if self.cuda: now.record()
         self.marks.append((part, now))
 
     def seconds(self) -> dict[str, float]:
         "Seconds by part, until now; waits for the GPU."
         self.switch("end")
-        if self.cuda:
-            torch.cuda.synchronize()
+        if self.cuda: torch.cuda.synchronize()
         spent = {}
         for (part, begin), (_, end) in itertools.pairwise(self.marks):
             spent[part] = spent.get(part, 0.0) + (begin.elapsed_time(end) / 1e3 if self.cuda else end - begin)

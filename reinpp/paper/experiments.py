@@ -160,8 +160,7 @@ def plan(
     check_choice("setting", setting, (None, *p.settings))
     p = dataclasses.replace(p, **p.settings.get(setting, {}))
     own, adapts = method == "rein_a", method in ("rein_a", "control")
-    if own:
-        check_choice("target", target, p.targets)
+    if own: check_choice("target", target, p.targets)
     adapter = model.get("adapter", "rein_g" if adapts else method)
     training = dict(p.adapt_training if adapts else p.training)
     if limit := min((n for n in (limit_iterations, adapt_iterations if adapts else None) if n), default=None):

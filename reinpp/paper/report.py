@@ -338,6 +338,5 @@ def prediction_grid(
     fig.tight_layout(pad=.3, rect=(0, .55 / size[1], 1, 1))
     handles = [Patch(color=PALETTE[c] / 255, label=name) for c, name in enumerate(CLASSES) if c in present]
     fig.legend(handles=handles, ncol=10, fontsize=7, loc="lower center", frameon=False, handlelength=1, columnspacing=1)
-    if path:
-        fig.savefig(path)
+    if path: fig.savefig(path)
     return fig

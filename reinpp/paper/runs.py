@@ -136,8 +136,7 @@ def _train(experiment, segmenter, runs, data_root, made_by, **options):
     if trained is not None:
         segmenter.load_adapter(trained)
         return read_adapter(trained)[0]["record"]["training"]
-    if get_rank() == 0:
-        print(f"training {experiment}", flush=True)
+    if get_rank() == 0: print(f"training {experiment}", flush=True)
     objective = objective_of(experiment, segmenter, data_root, runs)
     made = fit(objective, run_dir=folder, seed=experiment.seed, **experiment.training, **options)
     kept = ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory", "processes")
@@ -175,10 +174,8 @@ def run(
     device, first = init_process_group(options.get("device")), get_rank() == 0
     if (record := broadcast(ledger.get(experiment))) is not None: return record
     local_batch_size(experiment.training["batch_size"])  # all this now, rather than after hours of training
-    for domain in experiment.evaluate_on:
-        open_domain(domain, data_root)
-    if experiment.target:
-        open_domain(experiment.target, data_root, labels=False)
+    for domain in experiment.evaluate_on: open_domain(domain, data_root)
+    if experiment.target: open_domain(experiment.target, data_root, labels=False)
     if experiment.start is not None and broadcast(find_adapter(experiment.start, runs)) is None:
         run(experiment.start, ledger, runs, data_root, **options)
     folder = runs / experiment.training_key
@@ -196,8 +193,7 @@ def run(
             key=experiment.key, config=experiment.config(), metrics=metrics, training=training,
             seconds=round(time.time() - began, 1), **start, parameters=segmenter.trainable_parameters(),
             versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
-        if first:
-            ledger.put(experiment, record)
+        if first: ledger.put(experiment, record)
     if first:
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
     return broadcast(ledger.get(experiment) if first else None)  # as anybody will read it
@@ -239,8 +235,7 @@ def schedule(
 ) -> float:  # hours until the last one ends
     "Longest first, each to the GPU that is free first: how long a list of runs takes on several GPUs."
     busy = [0.0] * gpus
-    for one in sorted(hours, reverse=True):
-        busy[busy.index(min(busy))] += one
+    for one in sorted(hours, reverse=True): busy[busy.index(min(busy))] += one
     return max(busy)
 
 # %% ../../nbs/52_runs.ipynb #eb71fce1

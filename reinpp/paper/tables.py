@@ -42,11 +42,9 @@ def check_parameters(
     for name, value in dict(rows=rows, targets=targets, seeds=seeds).items():
         if isinstance(value, str) or not (value is None or hasattr(value, "__iter__")):
             raise ValueError(f"{name}={value!r} is not a list: write -y '{name}: [...]'")
-    for row in rows or ():
-        check_choice("rows", row, known_rows)
+    for row in rows or (): check_choice("rows", row, known_rows)
     known = [t for name, p in PRESETS.items() if preset in (name, "auto") for t in p.targets]
-    for target in targets or ():
-        check_choice("targets", target, known)
+    for target in targets or (): check_choice("targets", target, known)
     for seed in seeds or ():
         if type(seed) is not int or seed < 0:
             raise ValueError(f"seeds: {seed!r} is no whole number from 0 up")

@@ -41,8 +41,7 @@ def iou_from_confusion(
 def _shrunk(image, label, shrink):
     "As the field halves Mapillary: bicubic with antialiasing, labels to the nearest pixel's centre."
     size = [side // shrink for side in image.shape[-2:]]
-    if label is not None:
-        label = F.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
+    if label is not None: label = F.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
     return F.resize(image, size, InterpolationMode.BICUBIC, antialias=True), label
 
 
@@ -55,8 +54,7 @@ def _batches(dataset, size, fit, shrink, batch, progress, indices):
         for i in indices:
             image, label, name = dataset[i]
             image, label = (t if t is None else t.as_subclass(torch.Tensor) for t in (image, label))
-            if shrink != 1:
-                image, label = _shrunk(image, label, shrink)
+            if shrink != 1: image, label = _shrunk(image, label, shrink)
             seen = size if fit is None else short_edge_size(*image.shape[-2:], min(fit), max(fit))
             x = image if seen is None else resize_image(image, seen)
             if inputs and (len(inputs) == batch or x.shape != inputs[0].shape):
@@ -135,8 +133,7 @@ def evaluate(
                                         progress=progress and rank == 0, **options)) as stream:
         for name, prediction, label, image in stream:
             confusion.update(prediction.long(), label.to(device).long())
-            if save is not None:
-                save_prediction(save, name, prediction, image)
+            if save is not None: save_prediction(save, name, prediction, image)
     matrix = all_gather(confusion.compute()[None]).sum(0).cpu()
     iou = iou_from_confusion(matrix)
     iou[[c for c in range(K) if c not in dataset.evaluated]] = torch.nan
@@ -257,8 +254,7 @@ def mean_iou(
     classes: Sequence[str] = SYNTHIA_16,  # names that count
 ) -> float:
     "Mean IoU over some of the classes, in [0, 1]; absent ones are left out. ValueError for a name it lacks."
-    for name in classes:
-        check_choice("class", name, result["iou"])
+    for name in classes: check_choice("class", name, result["iou"])
     return _mean(result["iou"][name] for name in classes)
 
 
@@ -274,8 +270,7 @@ def summarize(
     for name, result in results.items():
         rows[name] = result
         rows |= {f"- {part}": p for part, p in result.get("parts", {}).items()}
-    if len(results) > 1:
-        rows["average"] = average(results)
+    if len(results) > 1: rows["average"] = average(results)
     columns = {name: {**(r["iou"] if per_class else {}), "mIoU": r["miou"]} for name, r in rows.items()}
     table = 100 * pd.DataFrame(columns).T
     table["images"] = [r["images"] for r in rows.values()]
@@ -305,6 +300,5 @@ def corruption_table(
                for group, names in CORRUPTION_GROUPS.items() for c in names}
     table = pd.DataFrame({key: column for key, column in columns.items() if column})
     table[("all", "mean")] = table.mean(axis=1, skipna=False)
-    if len(table) > 1:
-        table.loc["mean"] = table.mean(skipna=False)
+    if len(table) > 1: table.loc["mean"] = table.mean(skipna=False)
     return table

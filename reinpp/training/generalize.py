@@ -43,8 +43,7 @@ class Objective:
 
     def to(self, device: str | torch.device) -> "Objective":
         "Move everything."
-        for module in filter(None, (self.segmenter, self.stm)):
-            module.to(device)
+        for module in filter(None, (self.segmenter, self.stm)): module.to(device)
         if self.teacher is not None:
             self.teacher = {name: t.to(device) for name, t in self.teacher.items()}
         return self
@@ -94,8 +93,7 @@ class Generalize(Objective):
 
     def after_step(self, iteration: int) -> None:
         "After the optimiser's step the average follows, if there is one."
-        if self.teacher is not None:
-            update_teacher(self.teacher, self.segmenter, self.ema)
+        if self.teacher is not None: update_teacher(self.teacher, self.segmenter, self.ema)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         "Trained parameters by name, and their averages as `ema.*`."
