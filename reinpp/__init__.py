@@ -1,7 +1,7 @@
 """Rein++: Rein-G and Rein-A on frozen vision foundation models.
 
-The public names, each loaded from its module on first use (PEP 562). This is the one file here that no notebook exports;
-nbdev_export keeps the next line equal to settings.ini and leaves the rest alone.
+The public names, each loaded from its module on first use (PEP 562). This is the one file here that no notebook
+exports; nbdev_export keeps the next line equal to settings.ini and leaves the rest alone.
 """
 
 __version__ = "0.1.0"

@@ -115,3 +115,12 @@ assert not opened, opened
     done = subprocess.run([sys.executable, "-c", code.replace("ROOMS", repr(list(rooms())))], capture_output=True,
         text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_line_over_120():
+    """What ruff says of the notebooks holds for what is exported; only nbdev's own lists of names (`__all__`) may be longer."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name == "_modidx.py":
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 120 or line.startswith("__all__ = "), f"{path.name}:{number} has {len(line)} columns"

@@ -79,7 +79,6 @@ def train(objective, steps, optimizer=None, first=0):
 
 
 # ---- the scores are no logits
-# -------------------------------------------------------------------------------------------------------------------------
 
 def test_a_sure_teacher_gets_weight():
     "Trap: softmax over the scores. Its top is 0.131 for a perfect one-hot, q is 0 and all target weights are 0."
@@ -160,7 +159,6 @@ def test_padding_of_the_target_changes_no_loss(data):
 
 
 # ---- the teacher
-# --------------------------------------------------------------------------------------------------------------------------------------
 
 def test_teacher_covers_every_trained_tensor_and_no_other(data):
     """Trap: an EMA over modules or weight matrices forgets the scalar `scale`.
@@ -252,7 +250,6 @@ def test_teacher_runs_its_own_weights_in_eval_mode_without_gradient(data):
 
 
 # ---- pairing
-# ------------------------------------------------------------------------------------------------------------------------------------------
 
 def test_mask_loss_pairs_by_index(data, monkeypatch):
     """Trap: shuffled queries.
@@ -294,7 +291,6 @@ def test_teacher_and_student_queries_are_the_same_tokens():
 
 
 # ---- what is read, what is mixed
-# ----------------------------------------------------------------------------------------------------------------------
 
 def test_target_labels_are_never_read(data):
     """Trap: a target that happens to have labels.
@@ -371,7 +367,6 @@ def test_masked_view_hides_with_the_mean(data):
 
 
 # ---- STM
-# ----------------------------------------------------------------------------------------------------------------------------------------------
 
 def test_stm_reads_the_teachers_features_without_gradient(data, monkeypatch):
     """In all three branches.
@@ -507,7 +502,6 @@ def test_proposals_that_do_not_fit_are_refused(data):
 
 
 # ---- the step
-# -----------------------------------------------------------------------------------------------------------------------------------------
 
 TERMS = {"src", "mix", "mask", "stm_src", "stm_mix", "stm_mask"}
 
@@ -606,7 +600,6 @@ def test_bf16_autocast_stays_finite(data):
 
 
 # ---- what is watched
-# ----------------------------------------------------------------------------------------------------------------------------------
 
 def test_agreement_is_counted_on_the_targets_pixels_only():
     scores = torch.zeros(1, 3, 8, 8)
@@ -635,7 +628,6 @@ def test_pseudo_labels_are_counted_by_class(data, monkeypatch):
 
 
 # ---- options beyond the paper
-# -------------------------------------------------------------------------------------------------------------------------
 
 def first_step(data, **options):
     r = objective(data, stm=False, **options)
@@ -694,7 +686,6 @@ def test_a_head_that_labels_pixels_is_refused(data):
 
 
 # ---- the guard
-# ----------------------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(
 "q, largest, text", [(0.0, 0.4, "lower tau"), (1.0, 0.4, "raise tau"), (0.3, 1.0, "single class")])
@@ -724,7 +715,6 @@ def test_guard_in_the_step(data):
 
 
 # ---- pictures and borrowed weights
-# --------------------------------------------------------------------------------------------------------------------
 
 def test_views_change_nothing(data):
     r = objective(data)

@@ -309,7 +309,8 @@ class DecoderLayer(nn.Module):
 # %% ../../nbs/24_mask2former.ipynb #21fbd1ef
 class MaskedDecoder(nn.Module):
     "Queries look at strides 32, 16, 8 in turn, and predict a class and a mask before layer 1 and after every layer."
-    def __init__(self, num_classes: int, hidden_dim: int = 256, num_layers: int = 9, num_heads: int = 8, ffn: int = 2048):
+    def __init__(self, num_classes: int, hidden_dim: int = 256, num_layers: int = 9, num_heads: int = 8,
+                 ffn: int = 2048):
         super().__init__()
         self.level_embed = nn.Parameter(torch.randn(3, hidden_dim))
         self.layers = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn) for _ in range(num_layers))
