@@ -88,7 +88,7 @@ def test_prediction_in_bf16():
         again = segmenter.predict(images, 64, precision="float32")
     assert torch.equal(again, exact), "said here, it holds whatever is around"
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().mean() < .2 * exact.mean()
-    with pytest.raises(ValueError, match="precision='fp8': use bf16, float32 or None"):
+    with pytest.raises(ValueError, match="precision='fp8' is unknown: use one of None, bf16, float32"):
         segmenter.predict(images, precision="fp8")
 
 

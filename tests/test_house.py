@@ -118,7 +118,7 @@ assert not opened, opened
 
 
 def test_no_line_over_120():
-    """What ruff says of the notebooks holds for what is exported; only nbdev's own lists of names (`__all__`) may be longer."""
+    """What ruff says of the notebooks holds for what is exported; only nbdev's own lists (`__all__`) may be longer."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name == "_modidx.py":
             continue
