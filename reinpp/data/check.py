@@ -139,11 +139,11 @@ def _pairs(images, labels, doubled):
     return [(path, *labels.get(key, (None, None))) for key, path in images.items()], problems
 
 # %% ../../nbs/18_check.ipynb #6f1b9d02
-def _opened(dataset, _) -> Iterator[_Split]:
+def _opened(dataset) -> Iterator[_Split]:
     "The splits of an opened dataset."
     reader, nothing = dataset.reader, [None] * len(dataset)
     if isinstance(reader, Concat):
-        for part in reader.datasets: yield from _opened(part, _)
+        for part in reader.datasets: yield from _opened(part)
     elif isinstance(reader, Files):
         part = _SETS[dataset.name].splits.get(dataset.split) if dataset.name in _SETS else None
         pairs = list(zip(reader.image_paths, reader.label_paths or nothing, reader.forms or nothing))
@@ -215,7 +215,7 @@ def check(
     rows, problems = [], []
     for one in [what] if isinstance(what, (str, Dataset)) else what:
         first = {}
-        for split in (_opened if isinstance(one, Dataset) else _named)(one, root):
+        for split in _opened(one) if isinstance(one, Dataset) else _named(one, root):
             found = []
             if not split.status:
                 memory = cache and Path(cache) / f"{_hash(repr((str(split.folder), split.split)).encode(), 8)}.json"

@@ -52,13 +52,6 @@ class _Draws(np.random.RandomState):
             yield from super().randint(low, high, (4096, 2)).tolist()
 
 
-class _Numpy:
-    "numpy, with the name that was removed, and with a `random` of our own."
-    float_, random = np.float64, None
-
-    def __getattr__(self, name): return getattr(np, name)
-
-
 @lru_cache
 def _corruptions():
     "The package's module, made to work."
@@ -83,7 +76,8 @@ def _corruptions():
     def salt_and_pepper(image, **options):
         return skimage.util.random_noise(image, rng=int(module.np.random.randint(2**31)), **options)
 
-    module.np, module.gaussian = _Numpy(), gaussian
+    module.gaussian = gaussian
+    module.np = types.SimpleNamespace(**vars(np) | dict(float_=np.float64, random=None))  # `corrupt` gives the `random`
     module.sk = types.SimpleNamespace(color=skimage.color, util=types.SimpleNamespace(random_noise=salt_and_pepper))
     return module
 
@@ -198,8 +192,8 @@ def make_cityscapes_c(
 
 # %% ../../nbs/19_cityscapes_c.ipynb #6d597785
 def _corrupted(reader, corruption, severity, seed, i):
-    image = np.ascontiguousarray(reader.image(i))
-    return corrupt(image, corruption, severity, file_seed(reader.names[i], corruption, severity, seed))
+    seed = file_seed(reader.names[i], corruption, severity, seed)
+    return corrupt(np.ascontiguousarray(reader.image(i)), corruption, severity, seed)
 
 
 def corrupted(

@@ -184,9 +184,8 @@ def open_scenes(
 # %% ../../nbs/14_datasets.ipynb #99f14e18
 IMAGE_SUFFIXES, LABEL_SUFFIXES = (".png", ".jpg", ".jpeg"), (".png",)
 ROTATIONS = ("refuse", "apply", "ignore")
-# missing, truncated, not an image, no permission
 _FAULTS = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile,
-           Image.DecompressionBombError)
+           Image.DecompressionBombError)  # missing, truncated, not an image, no permission
 
 
 @contextmanager
@@ -208,8 +207,8 @@ def _decode(path, kind, modes, rotation="refuse"):
             raise BadFile(f"{path}: {kind} of mode {file.mode}; can be read: {', '.join(modes)}. Convert the file")
         if rotation != "ignore" and file.getexif().get(0x0112, 1) in range(2, 9):
             if rotation == "refuse":
-                raise BadFile(f"{path}: its EXIF tag says that it is to be rotated; rotate the pixels and remove the tag, "
-                              "so that image and label agree, or choose rotation='apply' or 'ignore'", "rotated")
+                raise BadFile(f"{path}: its EXIF tag says that it is to be rotated; rotate its pixels and remove the "
+                              "tag, so that image and label agree, or choose rotation='apply' or 'ignore'", "rotated")
             file = ImageOps.exif_transpose(file)
         return np.asarray(file.convert("RGB") if kind == "image" else file)
 
@@ -247,8 +246,8 @@ def _decode_deep(path):
         if channels is None:
             raise ValueError("a damaged or truncated PNG, or none at all")
     if channels.dtype != np.uint16 or channels.shape[2:] != (3,):
-        raise BadFile(f"{path}: labels of this set have 16 bits and 3 channels, this file "
-                      f"{8 * channels.itemsize} and {channels[0, 0].size}; is it from another folder?")
+        raise BadFile(f"{path}: this set's labels have 16 bits and 3 channels, this file has {8 * channels.itemsize} "
+                      f"bits and {channels[0, 0].size}; is it from another folder?")
     return channels[..., 2]
 
 
@@ -260,7 +259,9 @@ def read_label(path: Path | Member, form: LabelForm) -> np.ndarray:
     ids = _decode_deep(path) if form.deep else _decode(path, "label", ("L", "P"))
     small = np.minimum(ids, 255).astype(np.uint8) if form.deep else ids
     if not form.known.take(small).all() or small is not ids and ids.max() > 255:
-        value, known = ids[~form.known[small] | (ids > 255)][0], ", ".join(map(str, np.flatnonzero(form.known)))
+        value, known = ids[~form.known[small] | (ids > 255)][0], np.flatnonzero(form.known)
+        runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
+        known = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
         message = f"{path}: label value {value} is not in the map of ids (known: {known}); is this the right dataset?"
         raise BadFile(message, "unknown value")
     return form.table.take(small)
@@ -272,24 +273,18 @@ class Files:
     image_paths: Sequence[Path | Member]
     label_paths: Sequence[Path | Member] | None = None  # as many, or None: no labels
     forms: list[LabelForm] | dict | None = None  # of the labels: one each, or {file id: trainId} for all
-    keep: bool = False  # keep decoded images and labels in memory
     rotation: str = "refuse"  # one of `ROTATIONS`
     root: Path | None = None  # the set's folder
 
     def __post_init__(self):
         check_choice("rotation", self.rotation, ROTATIONS)
-        self.image_paths, self.kept = list(self.image_paths), {} if self.keep else None
+        self.image_paths = list(self.image_paths)
         self.names = [p.stem for p in self.image_paths]
         if isinstance(self.forms, dict): self.forms = [LabelForm(self.forms)] * len(self.names)
 
-    def once(self, key: tuple, read: Callable, *args) -> np.ndarray:
-        if self.kept is None: return read(*args)
-        if key not in self.kept: self.kept[key] = read(*args)
-        return self.kept[key]
+    def image(self, i): return read_image(self.image_paths[i], self.rotation)
 
-    def image(self, i): return self.once(("image", i), read_image, self.image_paths[i], self.rotation)
-
-    def label(self, i): return self.once(("label", i), read_label, self.label_paths[i], self.forms[i])
+    def label(self, i): return read_label(self.label_paths[i], self.forms[i])
 
     def instances(self, i):
         raise ValueError(f"{self.image_paths[i]}: only embedded scenes know their instances; make proposals instead")

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from .datasets import POLICIES, Concat, Dataset, Files
+from .datasets import POLICIES, Concat, Dataset, Files, Scenes
 from ..files import BadFile, Member, Progress, each, write_together
 from ..labels import IGNORE
 
@@ -47,8 +47,7 @@ def class_pixels(
     progress: str = "auto",  # one of `PROGRESS`
 ) -> torch.Tensor:
     "How many pixels of each class each image has: int64 (len, K)."
-    if getattr(dataset.reader, "kept", None) is not None:
-        workers = 0  # what is kept in memory is kept by the process that reads it
+    if isinstance(dataset.reader, Scenes): workers = 0  # what is drawn is kept by the process that draws it
     counts = []
     with Progress(len(dataset), f"{dataset.name}/{dataset.split}: counting classes", "file", show=progress) as bar:
         for row in each(partial(_pixels, dataset), range(len(dataset)), workers):

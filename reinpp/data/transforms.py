@@ -171,8 +171,8 @@ def strong_augment(image: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/17_transforms.ipynb #770eb321
 def random_block_mask(
-    height: int,
-    width: int,
+    height: int,  # of the image, pixels
+    width: int,  # of the image, pixels
     block: int = 32,  # side of a block: 32 for crops of 512, 64 for 1024
     ratio: float = .7,  # probability that a block is hidden
 ) -> torch.Tensor:
