@@ -23,6 +23,7 @@ _HOME = {  # public name -> its module, in the order of the notebooks
     "fit": "training.train",
     "Generalize": "training.generalize",
     "evaluate": "training.evaluation",
+    "Adaptation": "adaptation.rein_a",
     "ReinA": "adaptation.rein_a",
 }
 __all__ = list(_HOME)
