@@ -83,8 +83,8 @@ class CollapseGuard:
         "Look at the losses, the mean q and the share of the most frequent pseudo label. Raises `Collapse`."
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
         if bad:
-            names = ", ".join(bad)
-            raise Collapse(f"iteration {iteration}: {names} not finite: lower the learning rate, or train in float32")
+            raise Collapse(f"iteration {iteration}: loss {', '.join(bad)} is not finite; lower the learning rate, or "
+                           "train in float32")
         now = dict(nothing=q < 1e-4, everything=q > 0.9999, one_class=largest_class > 0.9999)
         for name, true in now.items():
             self.runs[name] = self.runs[name] + 1 if true else 0
