@@ -135,29 +135,27 @@ def traffic_light(c: Canvas, r: Draws, x: float, z: float) -> None:
     s.glow(0, top + 0.2 + 0.4 * on, 0.17, lit[on], halo=0.9)
 
 
+_SIGNS = (  # plate and marks of each kind: half width, from and to up from the middle, in half sizes
+    (("disc", 1, -1, 1, "red"), ("disc", .68, -.68, .68, "white"), ("box", .3, -.3, .3, "black")),
+    (("disc", 1, -1, 1, "blue"), ("poly", .3, -.4, .6, "white")),
+    (("poly", 1.1, -1, 1, "red"), ("poly", .66, -.72, .5, "white")),
+    (("box", 1, -1, 1, "blue"), ("box", .5, -.6, .5, "white")),
+    (("box", 1.5, -.6, .8, "yellow"), ("box", 1.1, 0, .2, "grey")))
+
+
 def sign(c: Canvas, r: Draws, x: float, z: float) -> None:
     "A round, triangular or square sign on a pole."
     pole = c.stand("pole", x, z)
     y, kind = r(2.2, 3.0), r.count(0, 4)
     pole.box(-0.06, 0, 0.06, y, r.near((150, 152, 154), 10))
     s, half = c.stand("traffic sign", x, z), r(0.42, 0.58)
-    red, blue, white = r.near((200, 34, 36), 12), r.near((30, 80, 180), 12), (236, 236, 236)
-    if kind == 0:
-        s.disc(0, y, half, half, red)
-        s.disc(0, y, half * 0.68, half * 0.68, white, True)
-        s.box(-half * 0.3, y - half * 0.3, half * 0.3, y + half * 0.3, (30, 30, 30), True)
-    elif kind == 1:
-        s.disc(0, y, half, half, blue)
-        s.poly(((-half * .3, y - half * .4), (half * .3, y - half * .4), (0, y + half * .6)), white, True)
-    elif kind == 2:
-        s.poly(((-half * 1.1, y - half), (half * 1.1, y - half), (0, y + half)), red)
-        s.poly(((-half * .66, y - half * .72), (half * .66, y - half * .72), (0, y + half * .5)), white, True)
-    elif kind == 3:
-        s.box(-half, y - half, half, y + half, blue)
-        s.box(-half * .5, y - half * .6, half * .5, y + half * .5, white, True)
-    else:
-        s.box(-half * 1.5, y - half * .6, half * 1.5, y + half * .8, r.near((240, 200, 30), 10))
-        s.box(-half * 1.1, y, half * 1.1, y + half * .2, (40, 40, 40), True)
+    colours = {"red": r.near((200, 34, 36), 12), "blue": r.near((30, 80, 180), 12), "white": (236, 236, 236),
+               "yellow": r.near((240, 200, 30), 10) if kind == 4 else None, "black": (30, 30, 30), "grey": (40, 40, 40)}
+    for i, (shape, across, low, high, colour) in enumerate(_SIGNS[kind]):
+        a, v0, v1, paint = half * across, y + half * low, y + half * high, colours[colour]
+        if shape == "disc": s.disc(0, y, a, a, paint, i > 0)
+        if shape == "box": s.box(-a, v0, a, v1, paint, i > 0)
+        if shape == "poly": s.poly(((-a, v0), (a, v0), (0, v1)), paint, i > 0)
     s.glow(0, y, half * 0.35, (120, 120, 110))
 
 # %% ../../nbs/11_scene_things.ipynb #fb73abfa
@@ -225,8 +223,7 @@ def truck(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
         s.box(-half, 0.55, half, tall, cargo)
         s.box(-0.05, 0.8, 0.05, tall - .1, shade(cargo, 0.55), True)
         s.box(-half, tall - .14, half, tall, shade(cargo, 0.6), True)
-        s.box(-half * .55, 0.95, -half * .45, tall - .2, shade(cargo, 0.7), True)
-        s.box(half * .45, 0.95, half * .55, tall - .2, shade(cargo, 0.7), True)
+        for a, b in ((-.55, -.45), (.45, .55)): s.box(half * a, 0.95, half * b, tall - .2, shade(cargo, 0.7), True)
         s.box(-half, 0.45, half, 0.75, (60, 58, 56), True)
     s.headlights(half - 0.22, 0.62, oncoming)
 
