@@ -15,6 +15,9 @@ from fastcore.basics import patch
 
 from ..labels import CLASSES
 
+Colour = tuple[int, int, int]
+TYRE = (26, 26, 28)
+
 # %% ../../nbs/10_scene_canvas.ipynb #29f4df5c
 class Camera(NamedTuple):
     "The perspective rule; x to the right, y up, z ahead, in metres."
@@ -35,10 +38,6 @@ class Camera(NamedTuple):
         return np.where(v > 0.3, self.focal * self.height / np.maximum(v, 0.3), 200.0).clip(0, 200)
 
 # %% ../../nbs/10_scene_canvas.ipynb #5a1c0d12
-Colour = tuple[int, int, int]
-TYRE = (26, 26, 28)
-
-
 class Draws:
     "An endless row of random numbers that belongs to one scene."
 
@@ -66,12 +65,14 @@ class Draws:
         "The colour, a little changed: brightness and warmth."
         red, green, blue = colour
         shift, warm = (2 * self.next() - 1) * spread, (self.next() - 0.5) * spread
-        return tuple(min(255, max(0, int(v))) for v in (red + shift + warm, green + shift, blue + shift - warm))
+        return (min(255, max(0, int(red + shift + warm))), min(255, max(0, int(green + shift))),
+                min(255, max(0, int(blue + shift - warm))))
 
 
 def shade(colour: Colour, factor: float) -> Colour:
     "A colour made darker (< 1) or lighter (> 1)."
-    return tuple(min(255, int(v * factor)) for v in colour)
+    red, green, blue = colour
+    return min(255, int(red * factor)), min(255, int(green * factor)), min(255, int(blue * factor))
 
 # %% ../../nbs/10_scene_canvas.ipynb #7c3fdc01
 class Canvas:
@@ -124,8 +125,9 @@ class Canvas:
         "A lit area on a thing, seen only where the thing itself is seen."
         if self.dark: self.lights.append((thing, self.points(corners), colour))
 
-    def stand(self, name: str, x: float, z: float, thing: int | None = None) -> "Stand":
-        "The sheet of a new thing of a class at (x, z), or of one that is there already."
+    def stand(self, name: str, x: float, z: float, thing: int = 0, shadow: tuple | None = None) -> "Stand":
+        "The sheet of a new thing of a class at (x, z), or of one that is there; its shadow: from, to, half width."
+        if shadow: self.shadow(x, z + shadow[0], z + shadow[1], shadow[2])
         u, v = self.camera.at(x, 0.0, z)
         return Stand(self, thing or self.thing(name, z), u, v, self.camera.focal / z)
 

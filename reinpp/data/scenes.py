@@ -88,23 +88,18 @@ def _ground(c, r):
         c.fill(road, ((0, top), (c.width, top), (c.width, bottom), (0, bottom)), asphalt)
         for x in np.arange(left + .5, right - .5, 1.1):
             c.strip(0, x, x + .55, near - 2.6, near - .6, (214, 214, 210))
-    _lane_marks(c, r, plan)
-    if r.chance(0.16):
-        plan.rails = plan.middle - plan.lane / 2
-        for dx in (-0.75, 0.6):
-            c.strip(0, plan.rails + dx, plan.rails + dx + .12, _NEAR, _FAR, shade(asphalt, 0.6))
-    return plan
-
-
-def _lane_marks(c, r, plan):
-    "A line between the directions, dashes between lanes."
-    paint, cross = r.near((222, 222, 216), 8), plan.cross
+    paint, cross = r.near((222, 222, 216), 8), plan.cross  # a line between the directions, dashes between lanes
     for k in range(-plan.theirs + 1, plan.ours):
         x, solid = plan.middle + k * plan.lane, k == 0 and r.chance(0.5)
         for z in ((_NEAR,) if solid else np.arange(1.5 + r(0, 3), 40, 6.0).tolist()):
             stop = _FAR if solid else z + 3.0
             if solid or not (cross and z < cross[1] and stop > cross[0]):
                 c.strip(0, x - .07, x + .07, z, stop, paint)
+    if r.chance(0.16):
+        plan.rails = plan.middle - plan.lane / 2
+        for dx in (-0.75, 0.6):
+            c.strip(0, plan.rails + dx, plan.rails + dx + .12, _NEAR, _FAR, shade(asphalt, 0.6))
+    return plan
 
 # %% ../../nbs/13_scenes.ipynb #5a1c0d65
 def _segments(r, cross):
@@ -207,12 +202,9 @@ def _crossing(r, plan):
     near, far = plan.cross
     for x in (r(-14, -4), r(-2, 6), r(8, 16)):
         kind, z = r(), r(near + 1.0, far - 2.0)
-        if kind < .35:
-            yield z, things.crossing_car, x, z
-        elif kind < .5:
-            yield z, things.crossing_box, x, z, r.pick(("truck", "bus", "train"))
-        elif kind < .62:
-            yield z, things.two_wheeler, x * .5, z, r.pick(("bicycle", "motorcycle")), True, True
+        if kind < .35: yield z, things.crossing_car, x, z
+        elif kind < .5: yield z, things.crossing_box, x, z, r.pick(("truck", "bus", "train"))
+        elif kind < .62: yield z, things.two_wheeler, x * .5, z, r.pick(("bicycle", "motorcycle")), True, True
     for _ in range(r.count(0, 3)):
         yield near - 1.5, things.person, r(*plan.curbs), near - r(.8, 2.4)
 
