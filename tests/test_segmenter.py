@@ -379,7 +379,7 @@ def test_push_and_pull(saved, hub):
 def test_what_the_hub_refuses_is_one_line(saved, hub, monkeypatch):
     import huggingface_hub
     root, _ = hub
-    with pytest.raises(ConnectionError, match=r"me/none at v1 could not be fetched \(.*: no network and a long story\)"):
+    with pytest.raises(ConnectionError, match=r"me/none at v1 could not be fetched \(.*no network and a long story\)"):
         pull_adapter("me/none", revision="v1")
     (root / "me" / "empty").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
