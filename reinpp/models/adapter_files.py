@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 
 from ..files import write_together
@@ -73,10 +74,14 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     data = weights.read_bytes()
     if hashlib.sha256(data).hexdigest() != config["sha256"]:
         raise ValueError(f"{weights} is truncated or was altered: its sha256 is not {SETTINGS}'s; fetch both again")
+    try:
+        state = load_tensors(data)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is no safetensors file ({error})") from error
     notes = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     if notes.get("config", config_digest(config)) != config_digest(config):
         raise ValueError(f"{settings} was altered: the weights were saved with other settings; fetch it again")
-    return config, load_tensors(data)
+    return config, state
 
 # %% ../../nbs/26_adapter_files.ipynb #93ab60d4
 def check_fits(folder: str | Path, config: dict, state: dict, own_config: dict, own_state: dict) -> None:
@@ -88,8 +93,7 @@ def check_fits(folder: str | Path, config: dict, state: dict, own_config: dict, 
                              "load_segmenter(folder), or create the segmenter to match")
     wrong = sorted(own_state.keys() ^ state.keys())
     if wrong:
-        raise ValueError(f"{folder}: {len(wrong)} tensors are missing or unexpected, first {wrong[0]}: it was saved by "
-                         "another version or configuration")
+        raise ValueError(f"{folder}: {len(wrong)} tensors are missing or unexpected, first {wrong[0]}: other version?")
     wrong = [name for name, t in own_state.items() if t.shape != state[name].shape]
     if wrong:
         theirs, ours = (tuple(tensors[wrong[0]].shape) for tensors in (state, own_state))
@@ -135,8 +139,7 @@ def push_adapter(
     Raises `ConnectionError` when the Hub refuses or cannot be reached."""
     from huggingface_hub import CommitOperationAdd, HfApi
     config, _ = read_adapter(folder)
-    files = {file: Path(folder, file).read_bytes() for file in (WEIGHTS, SETTINGS)}
-    files["README.md"] = model_card(config).encode()
+    files = {f: Path(folder, f).read_bytes() for f in (WEIGHTS, SETTINGS)} | {"README.md": model_card(config).encode()}
     try:
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
         return str(HfApi().create_commit(repo_id, [CommitOperationAdd(*file) for file in files.items()],

@@ -159,8 +159,7 @@ def hold_in(model: nn.Module, hold: str, device: str | torch.device | None) -> n
         if not gradient.any():
             raise RuntimeError("no gradient reaches the activations")
     except (RuntimeError, NotImplementedError, TypeError, ImportError, AssertionError, IndexError) as error:
-        where = next(model.parameters()).device
-        raise ValueError(f"hold={hold!r} does not work on {where}, use 'bf16': {shorten(str(error), 150)}") from error
+        raise ValueError(f"hold={hold!r} does not work here, use 'bf16': {shorten(repr(error), 150)}") from error
     for name, m in model.blocks.named_modules():  # under autocast norms put out 32 bits, which torchao would multiply
         if name.endswith(("norm1", "norm2")):
             m.register_forward_hook(lambda module, args, output: output.to(torch.bfloat16))

@@ -130,8 +130,7 @@ def export(
                          f"{STRIDES[-1]} or more")
     hold = segmenter.config["backbone_args"].get("hold", "fp32")
     if hold not in ("fp32", "bf16"):
-        raise ValueError(f"weights held in {hold} cannot be exported: load the segmenter with "
-                         "backbone_args=dict(hold='bf16') or 'fp32'")
+        raise ValueError(f"weights held in {hold} cannot be exported: make the segmenter with hold='bf16' or 'fp32'")
     if format == "onnx": _onnxruntime()
     example = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(segmenter.mean.device)
     began = time.perf_counter()

@@ -42,8 +42,7 @@ class Segmenter(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         adapter.attach(backbone)
-        # what a file holds, also once it is frozen
-        self.trained = tuple(name for name, p in self.named_parameters() if p.requires_grad)
+        self.trained = tuple(n for n, p in self.named_parameters() if p.requires_grad)  # what a file holds, also frozen
 
     def train(self, mode: bool = True) -> "Segmenter":
         "As usual, but the backbone stays in eval mode: frozen means frozen (no drop path)."
