@@ -186,13 +186,34 @@ def test_an_adapter_comes_in_its_segmenters_dtype(saved):
     assert all(torch.equal(t, full[n].to(torch.bfloat16)) for n, t in other.trained_state().items())
 
 
-def test_numbers_that_are_not_finite_are_not_saved(saved):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype, saved, tmp_path):
+    segmenter, folder = saved
+    half = segmenter.save_adapter(tmp_path / "half", dtype=dtype)
+    small, large = ((f / "adapter_model.safetensors").stat().st_size for f in (half, folder))
+    tensors = sum(t.nbytes for t in segmenter.trained_state().values())
+    assert abs(large - small - tensors // 2) < 4096
+    config, state = read_adapter(half)
+    assert config["dtype"] == dtype and all(t.dtype == getattr(torch, dtype) for t in state.values())
+    other, full = make(seed=9).load_adapter(half), segmenter.trained_state()
+    assert all(p.dtype == torch.float32 for p in other.parameters())
+    assert all(torch.equal(t, full[n].to(getattr(torch, dtype)).float()) for n, t in other.trained_state().items())
+
+
+def test_numbers_that_a_type_cannot_hold_are_not_saved(saved, tmp_path):
     segmenter, folder = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with torch.no_grad():
+        segmenter.head.decoder.class_head.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match="head.decoder.class_head.weight is not finite in float16.*bfloat16"):
+        segmenter.save_adapter(folder, dtype="float16")
+    segmenter.save_adapter(tmp_path / "other", dtype="bfloat16")
+    with torch.no_grad():
         segmenter.head.decoder.class_head.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="head.decoder.class_head.weight is not finite: nothing was saved"):
+    with pytest.raises(ValueError, match="is not finite"):
         segmenter.save_adapter(folder)
+    with pytest.raises(ValueError, match="dtype='half'"):
+        segmenter.save_adapter(folder, dtype="half")
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 
-from ..files import write_together
+from ..files import check_choice, write_together
 from .backbones import BACKBONES
 
 # %% ../../nbs/26_adapter_files.ipynb #1de7ecad
@@ -41,12 +41,16 @@ def write_adapter(
     state: dict[str, torch.Tensor],  # the trained tensors by name
     config: dict,  # what made the segmenter
     record: dict | None = None,  # how it was trained: kept beside the settings
+    dtype: str | None = None,  # "float16" or "bfloat16": half the size, rounded; None: bit for bit
 ) -> Path:  # the folder
     "Write both files, whole or not at all. Raises `ValueError`, and writes nothing, for numbers that are not finite."
+    check_choice("dtype", dtype, (None, "float32", "float16", "bfloat16"))
+    if dtype: state = {name: t.to(getattr(torch, dtype)) for name, t in state.items()}
     state = {name: t.cpu().contiguous() for name, t in state.items()}
     for name, t in state.items():
         if not t.isfinite().all():
-            raise ValueError(f"{name} is not finite: nothing was saved, {folder} is as it was")
+            raise ValueError(f"{name} is not finite{f' in {dtype}' if dtype else ''}: nothing was saved, {folder} is "
+                             "as it was; bfloat16 holds what float16 cannot")
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})
     data = save_tensors(state, dict(config=config_digest(config)))
     config = dict(config, dtype="+".join(kinds), sha256=hashlib.sha256(data).hexdigest(), record=record or {})

@@ -197,9 +197,14 @@ def predict(
 
 # %% ../../nbs/27_segmenter.ipynb #883ee6fa
 @patch
-def save_adapter(self: Segmenter, folder: str | Path, record: dict | None = None) -> Path:
+def save_adapter(
+    self: Segmenter,
+    folder: str | Path,
+    record: dict | None = None,  # how it was trained
+    dtype: str | None = None,  # "float16" or "bfloat16": half the size
+) -> Path:
     "The folder, with what was trained and what made it; arguments, errors and form are those of `write_adapter`."
-    return write_adapter(folder, self.trained_state(), self.config, record)
+    return write_adapter(folder, self.trained_state(), self.config, record, dtype)
 
 
 @patch
