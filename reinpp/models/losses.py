@@ -48,9 +48,8 @@ def targets_from_labels(
     present = (count > 0).cpu()  # one copy to the host for the whole batch
     strange = [k for k in range(num_classes, 256) if k != IGNORE and present[:, k].any()]
     if strange:
-        raise ValueError(
-            f"targets_from_labels: labels contain {strange}, but the head has {num_classes} classes "
-            f"(0..{num_classes - 1}) and {IGNORE} for ignore")
+        raise ValueError(f"targets_from_labels: labels contain {strange}, but the head has {num_classes} classes "
+                         f"(0..{num_classes - 1}) and {IGNORE} for ignore")
     classes = [row[:num_classes].nonzero().flatten().to(labels.device, non_blocking=True) for row in present]
     return [Target(c, label == c[:, None, None]) for c, label in zip(classes, labels)]
 

@@ -38,8 +38,7 @@ class Objective:
     def named_trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
         "What the optimiser moves: the segmenter's trained parameters, and those beside it as `stm.*`."
         yield from ((name, p) for name, p in self.segmenter.named_parameters() if p.requires_grad)
-        if self.stm is not None:
-            yield from self.stm.named_parameters("stm")
+        if self.stm is not None: yield from self.stm.named_parameters("stm")
 
     def to(self, device: str | torch.device) -> "Objective":
         "Move everything."
