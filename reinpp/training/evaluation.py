@@ -37,13 +37,6 @@ def iou_from_confusion(
     return hit / (confusion.sum(0) + confusion.sum(1) - hit)
 
 # %% ../../nbs/33_evaluation.ipynb #f4670c27
-def _shrunk(image, label, shrink):
-    "As the field halves Mapillary: bicubic with antialiasing, labels to the nearest pixel's centre."
-    size = [side // shrink for side in image.shape[-2:]]
-    if label is not None: label = F.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
-    return F.resize(image, size, InterpolationMode.BICUBIC, antialias=True), label
-
-
 def _batches(dataset, size, fit, shrink, batch, progress, indices):
     "Stacks of images as the model sees them, equal in size, and `(name, label, image)` of each."
     inputs, kept = [], []
@@ -53,7 +46,10 @@ def _batches(dataset, size, fit, shrink, batch, progress, indices):
         for i in indices:
             image, label, name = dataset[i]
             image, label = (t if t is None else t.as_subclass(torch.Tensor) for t in (image, label))
-            if shrink != 1: image, label = _shrunk(image, label, shrink)
+            if shrink != 1:  # as the field halves Mapillary
+                small = [side // shrink for side in image.shape[-2:]]
+                if label is not None: label = F.resize(label[None], small, InterpolationMode.NEAREST_EXACT)[0]
+                image = F.resize(image, small, InterpolationMode.BICUBIC, antialias=True)
             seen = size if fit is None else short_edge_size(*image.shape[-2:], min(fit), max(fit))
             x = image if seen is None else resize_image(image, seen)
             if inputs and (len(inputs) == batch or x.shape != inputs[0].shape):
@@ -91,18 +87,15 @@ def predictions(
         for images, kept in _batches(dataset, size, fit, shrink, batch, progress, indices):
             with torch.inference_mode():
                 scores = segmenter.predict(images.to(device).float() / 255, window=window, stride=stride)
-                found = [_resized(score, image.shape[-2:]).argmax(0).to(torch.uint8)
-                         for score, (_, _, image) in zip(scores, kept)]
+                sized = (score if score.shape[-2:] == image.shape[-2:] else
+                         interpolate(score[None], image.shape[-2:], mode="bilinear", align_corners=False)[0]
+                         for score, (_, _, image) in zip(scores, kept))
+                found = [score.argmax(0).to(torch.uint8) for score in sized]
             del scores
             for prediction, (name, label, image) in zip(found, kept):
                 yield name, prediction, label, image
     finally:
         segmenter.train(training)
-
-
-def _resized(score, shape):
-    if score.shape[-2:] == shape: return score
-    return interpolate(score[None], shape, mode="bilinear", align_corners=False)[0]
 
 # %% ../../nbs/33_evaluation.ipynb #d3893da8
 def evaluate(
@@ -145,11 +138,10 @@ def _check_judgeable(segmenter, dataset):
     if not dataset.labelled:
         raise ValueError(f"{what} was opened without labels; open it with labels=True")
     if dataset.on_error != "stop":
-        raise ValueError(f"{what} was opened with on_error={dataset.on_error!r}, which puts other images in the place "
-                         "of bad ones; open it with on_error='stop' (python -m reinpp.data.check lists what is bad)")
+        raise ValueError(f"{what} was opened with on_error={dataset.on_error!r}, which counts other images for bad "
+                         "ones; open it with on_error='stop' (python -m reinpp.data.check lists what is bad)")
     if segmenter.num_classes != len(dataset.classes):
-        raise ValueError(f"{what} has {len(dataset.classes)} classes and the segmenter {segmenter.num_classes}; they "
-                         "must be the same")
+        raise ValueError(f"{what} of {len(dataset.classes)} classes, segmenter of {segmenter.num_classes}: match them")
 
 # %% ../../nbs/33_evaluation.ipynb #684dfc41
 def save_prediction(
@@ -208,9 +200,7 @@ def protocol(
 
 # %% ../../nbs/33_evaluation.ipynb #ec82b417
 def average(results: dict[str, dict]) -> dict:
-    """One result of several, with these as its `parts`.
-
-    Means of `miou`, `pixel_accuracy` and each class's IoU (over those that have it), sums of images and confusions."""
+    "One result of several, its `parts`: means (of a class's IoU: where it occurs), sums of images and confusions."
     parts = list(results.values())
     if not parts:
         raise ValueError("average: no results given")

@@ -29,7 +29,6 @@ from ..processes import all_gather, all_reduce_gradients, barrier, get_rank, ini
 # %% ../../nbs/31_train.ipynb #354d4484
 class _Draws(TorchDataset):
     "Sample `key` of an objective, for a DataLoader."
-
     def __init__(self, objective, seed: int): self.objective, self.seed = objective, seed
 
     def __getitem__(self, key: int) -> dict | BadFile:
@@ -53,8 +52,7 @@ def _batches(objective, done, end, batch_size, share, seed, workers, device):
     loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_stack,
                         pin_memory=device.type == "cuda")
     for batch in loader:
-        if isinstance(batch, BadFile):
-            raise batch
+        if isinstance(batch, BadFile): raise batch
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 # %% ../../nbs/31_train.ipynb #3cc186c2
@@ -182,7 +180,6 @@ def fit(
 # %% ../../nbs/31_train.ipynb #02690b2b
 class _Run:
     "How far a training is, and what is kept of it: in a folder, or nowhere."
-
     def __init__(self, folder, objective, optimizer, settings, checkpoint_every, log_every):
         self.folder = Path(folder) if folder else None
         self.writes = bool(folder) and get_rank() == 0
@@ -205,18 +202,14 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.done, self.earlier = state["iteration"], state["seconds"]
             self.recent.extend(state["recent"])
-            self._shorten_log()
+            log = self.folder / "log.jsonl"
+            if self.writes and log.exists():  # what was logged after the checkpoint is dropped
+                lines = [l for l in log.read_text().splitlines() if l.endswith("}") and
+                         json.loads(l)["iteration"] <= self.done]
+                write_atomically(log, "".join(l + "\n" for l in lines).encode())
         if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         self.start = time.perf_counter()
         return self.done
-
-    def _shorten_log(self):
-        "Drop what was logged after the checkpoint."
-        log = self.folder / "log.jsonl"
-        if self.writes and log.exists():
-            lines = [l for l in log.read_text().splitlines() if l.endswith("}") and
-                     json.loads(l)["iteration"] <= self.done]
-            write_atomically(log, "".join(l + "\n" for l in lines).encode())
 
     def seconds(self) -> float: return self.earlier + time.perf_counter() - self.start
 
@@ -235,8 +228,7 @@ def add(self: _Run, terms: dict, lr: float, last: bool) -> None:
         values = {k: [t[k] for t in self.unlogged if k in t] for k in terms}
         entry = dict(iteration=self.done, seconds=round(self.seconds(), 2), lr=lr,
                      **{k: sum(v) / len(v) for k, v in values.items()})
-        with open(self.folder / "log.jsonl", "a") as f:
-            f.write(json.dumps(entry) + "\n")
+        with open(self.folder / "log.jsonl", "a") as f: f.write(json.dumps(entry) + "\n")
     if self.done % self.log_every == 0: self.unlogged = []
     if self.writes and (self.done % self.checkpoint_every == 0 or last):
         buffer = io.BytesIO()
@@ -289,10 +281,7 @@ def adapt_each(
     folder: str | Path,  # gets <name>/adapter, and <name>/checkpoint.pt and log.jsonl
     **options,  # of `fit`
 ) -> dict[str, Path]:  # name -> adapter folder
-    """Adapt to several targets, each from the same start.
-
-    Called again it goes on where it was interrupted. Afterwards, whatever happened, the segmenter has its starting
-    weights again."""
+    "Adapt to several targets from the same start, which the segmenter has again afterwards; called again it goes on."
     start = {n: t.clone() for n, t in segmenter.trained_state().items()}
     made = {}
     try:
