@@ -99,8 +99,8 @@ def render(
         shown[:, max(0, cut - 1):cut + 1] = 255
     if state.pixel is not None:
         x, y = state.pixel
-        for at, colour in (((slice(None), x), 255), ((y, slice(None)), 255)):
-            shown[at] = colour - shown[at] // 2
+        for line in (shown[:, x], shown[y]):  # dashes, black and white, seen on everything
+            line[:] = (np.arange(len(line)) // 4 % 2 * 255)[:, None]
     return shown
 
 # %% ../nbs/60_explore.ipynb #1e151f23
