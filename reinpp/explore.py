@@ -134,9 +134,10 @@ def domains(data_root: str | Path | None = None) -> list[str]:
     found = [f"scenes:{w}/val" for w in WEATHERS]
     camvid = DATASETS["camvid"]
     try:
-        return found + [f"camvid:{split}" for split in camvid.parts(camvid.find(data_root))]
+        folder = camvid.find(data_root)
     except (FileNotFoundError, ValueError):
         return found
+    return found + [f"camvid:{split}" for split in camvid.parts(folder) if folder.name in camvid.folders]
 
 # %% ../nbs/60_explore.ipynb #9d0ccc2f
 class Explorer:

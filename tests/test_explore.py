@@ -40,7 +40,9 @@ def seen(segmenter, scenes):
 
 @pytest.fixture(scope="module")
 def explorer():
-    return Explorer(count=2)
+    e = Explorer(count=2)
+    e.change(layer="proposals").picture()
+    return e.change(layer="prediction")
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_hooks_go_when_prediction_fails(segmenter, monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 64])
-@pytest.mark.parametrize("size", [(50, 70), (64, 128), (33, 20)])
+@pytest.mark.parametrize("size", [(50, 70), (64, 128), (33, 70)])
 def test_queries_add_up_to_the_score_at_any_size(segmenter, size, window):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     found = look(segmenter, image, window=window)
@@ -183,6 +185,7 @@ def test_opens_on_the_worst_image_of_a_bundled_adapter(explorer):
 
 
 def test_no_slider_runs_a_model(explorer, no_model):
+    "What is looked at was looked at when the fixture made it."
     for layer in LAYERS:
         for changes in (dict(opacity=0.1), dict(block=0, head=1, token=2), dict(hidden=(0,)), dict(pixel=(5, 6))):
             explorer.change(layer=layer, **changes).picture()

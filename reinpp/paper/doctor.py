@@ -73,7 +73,8 @@ def examine(data_root: str | Path | None = None) -> dict:
     for name, source in DATASETS.items():
         if isinstance(source, OnDisk):
             try:
-                found[name] = str(source.find(data_root))
+                folder = source.find(data_root)  # any folder looks like CamVid's: it counts under its name
+                found[name] = str(folder) if folder.name in {Path(f).name for f in source.folders} else None
             except (ValueError, OSError):
                 found[name] = None
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
