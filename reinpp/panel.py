@@ -29,13 +29,13 @@ def _controls(explorer: Explorer) -> dict:
     blocks, heads, tokens = (1, 1, 1) if attention is None else attention.shape[1:4]
 
     def slider(text, value, most, kind=w.IntSlider, **more):
-        return kind(value=value, min=0, max=most, description=text, layout=w.Layout(width="330px"), **more)
+        return kind(value=value, min=0, max=most, description=text, layout=w.Layout(width="320px"), **more)
     places = list(dict.fromkeys([*domains(explorer.data_root), *explorer.opened]))
     return dict(
         domain=w.Dropdown(options=places, value=state.domain, description="domain"),
         adapter=w.Dropdown(options=names, value=state.adapter, description="adapter"),
         other=w.Dropdown(options=[("(none)", ""), *((n, n) for n in names)], value=state.other, description="beside"),
-        layer=w.ToggleButtons(options=LAYERS, value=state.layer, style=dict(button_width="90px")),
+        layer=w.ToggleButtons(options=LAYERS, value=state.layer, style=dict(button_width="96px")),
         opacity=slider("opacity", state.opacity, 1.0, w.FloatSlider, step=0.05),
         wiper=slider("wiper", state.wiper, 1.0, w.FloatSlider, step=0.01),
         block=slider("block", range(blocks)[state.block], blocks - 1),
@@ -49,8 +49,10 @@ class Panel:
     def __init__(self, explorer: Explorer):
         import ipywidgets as w
         self.explorer, self.controls, self.busy = explorer, _controls(explorer), False
-        self.image = w.Image(format="jpeg", layout=w.Layout(width="768px", object_fit="contain"))
-        self.images, self.found = w.Select(rows=8, description="images"), w.Select(rows=8, description="in")
+        self.image = w.Image(format="jpeg", layout=w.Layout(width="680px", object_fit="contain"))
+        wide = w.Layout(width="320px")
+        self.images = w.Select(rows=8, description="images", layout=wide)
+        self.found = w.Select(rows=8, description="in", layout=wide)
         self.mistakes = w.Select(rows=8, description="mistakes", layout=w.Layout(width="420px"))
         self.why, self.said, self.matrix, self.legend = w.HTML(), w.HTML(), w.HTML(), w.HBox()
         self.folder = w.Text(placeholder="of images, then Enter", description="folder", continuous_update=False)
@@ -62,7 +64,8 @@ class Panel:
         self.box = w.VBox([
             w.HBox([c["domain"], self.folder, self.upload]), w.HBox([c["adapter"], c["other"], c["wiper"]]),
             c["layer"], w.HBox([self.image, w.VBox([self.images, w.HBox([self.previous, self.next]), c["opacity"],
-                c["block"], c["head"], c["token"], c["x"], c["y"], w.HBox([self.file, self.save])])]),
+                c["block"], c["head"], c["token"], c["x"], c["y"], w.HBox([self.file, self.save])],
+                layout=w.Layout(min_width="335px"))]),
             self.legend, self.why, w.HBox([self.mistakes, self.found]), self.matrix, self.said])
         self._listen()
         self.new_domain()
