@@ -128,7 +128,7 @@ def _found(place: Path) -> list[Path]:
                          "one")
     return files
 
-
+# %% ../nbs/61_command_line.ipynb #d4372123
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -151,7 +151,7 @@ def _predict_image(segmenter: Segmenter, path: Path, out: Path, a: argparse.Name
     share = np.bincount(label.ravel(), minlength=len(names)) / label.size
     return picture, {names[c]: round(float(s), 4) for c, s in enumerate(share) if s}
 
-# %% ../nbs/61_command_line.ipynb #505e7aa9
+# %% ../nbs/61_command_line.ipynb #d05ede19
 def _predict(a: argparse.Namespace) -> int:
     "`reinpp predict`: one bad image of a folder is said and left out, and the exit status is 2 then."
     place, out = Path(a.images), Path(a.out)
@@ -182,7 +182,7 @@ def _predict(a: argparse.Namespace) -> int:
         print(f"{len(done)} of {len(files)} images in {out}: {a.values}/, overlay/, montage.png")
     return 2 if wrong else 0
 
-# %% ../nbs/61_command_line.ipynb #b770f559
+# %% ../nbs/61_command_line.ipynb #18b6c8ec
 def _predict_video(path: Path, out: Path, a: argparse.Namespace) -> int:
     "The video with its labels painted over, `<out>/<stem>_overlay.mp4`."
     if importlib.util.find_spec("av") is None:
@@ -212,7 +212,7 @@ def _predict_video(path: Path, out: Path, a: argparse.Namespace) -> int:
     print(json.dumps(summary) if a.json else f"{frames} frames in {target}")
     return 0
 
-# %% ../nbs/61_command_line.ipynb #39d97028
+# %% ../nbs/61_command_line.ipynb #7e7e208b
 def _plain(value):
     "As JSON has it: NaN is null."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
@@ -261,7 +261,7 @@ def _explore(a: argparse.Namespace) -> int:
     print(f"jupyter lab {os.path.relpath(page)}")
     return 0
 
-# %% ../nbs/61_command_line.ipynb #fc51c8e6
+# %% ../nbs/61_command_line.ipynb #f885ff83
 def _doctor(a: argparse.Namespace) -> int:
     "`reinpp doctor`."
     report = examine(a.data_root)
@@ -284,7 +284,7 @@ def _doctor(a: argparse.Namespace) -> int:
             print(f"           - {line}")
     return 0
 
-# %% ../nbs/61_command_line.ipynb #83cd53b0
+# %% ../nbs/61_command_line.ipynb #008a8cbc
 HANDED_ON = {"proposals": proposals.main, "check": check.main, "run": runs.main}  # they parse their own arguments
 
 
@@ -327,7 +327,7 @@ _ABOUT = {  # command: what it does, an example
     "doctor": ("versions, devices, data sets, and what each preset lacks here", "reinpp doctor --json"),
 }
 
-# %% ../nbs/61_command_line.ipynb #e78e6987
+# %% ../nbs/61_command_line.ipynb #95369d41
 def _parser() -> argparse.ArgumentParser:
     "All commands."
     parser = _Parser(prog="reinpp", description="Rein++: segment with a frozen foundation model and a small adapter.",
@@ -370,7 +370,7 @@ def _share(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
-# %% ../nbs/61_command_line.ipynb #e8af9d11
+# %% ../nbs/61_command_line.ipynb #1e1e99e9
 CALLS = {"predict": _predict, "evaluate": _evaluate, "export": _export, "explore": _explore, "doctor": _doctor}
 
 
