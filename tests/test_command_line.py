@@ -158,7 +158,7 @@ def test_others_commands_are_handed_on(tmp_path, capsys):
     assert main(["proposals", "--dataset", "scenes", "--split", "val", "--dataset-options", "count=1", "--engine",
         "classical", "--reduction", "2", "--root", str(root)]) == 0
     assert (root / "manifest.json").exists() and (root / "000000.safetensors").exists()
-    assert "not one published set" in fails(capsys, "check", "scenes:val")
+    assert "dataset='scenes' is unknown" in fails(capsys, "check", "scenes:val")
     assert "--dataset" in fails(capsys, "proposals")
     assert "invalid choice" in fails(capsys, "run", "huge", "rein_g")
     assert "only rein_a" in fails(capsys, "run", "tiny", "rein_g", "--target", "snow")
