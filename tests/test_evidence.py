@@ -53,6 +53,12 @@ def test_the_folding_is_the_published_one():
     assert fold_label(np.array([[13, 255]], np.uint8), IDD_LITE_FOLD).tolist() == [[3, 255]]
 
 
+@pytest.mark.parametrize("name", ["idd_lite", "IDD-Lite", "idd20k_lite"])
+def test_the_folder_of_idd_lite_has_several_names(name, tmp_path):
+    idd_tree(tmp_path / name)
+    assert len(open_dataset("idd_lite", "val", tmp_path)) == 2
+
+
 def test_idd_lite_is_read_and_a_split_without_labels_opens(tmp_path):
     root = idd_tree(tmp_path / "idd_lite")
     val, train = (open_dataset("idd_lite", split, tmp_path) for split in ("val", "train"))

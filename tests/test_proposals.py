@@ -276,6 +276,26 @@ def test_says_how_far_it_is_and_only_when_asked(tmp_path, capsys):
     assert "(slow) 5/12 " in said[0] and said[-1].startswith("proposals (slow) 12/12 ")
 
 
+def test_says_what_it_will_cost_before_the_bulk_and_stops_at_a_full_disk(tmp_path, monkeypatch, capsys):
+    many = open_dataset("scenes", "night/train", count=12)
+    make_proposals(many, slow, tmp_path / "a", reduction=2, shard=(0, 3), progress=True)
+    make_proposals(many, slow, tmp_path / "a", reduction=2, progress=True)
+    said = capsys.readouterr().out.splitlines()
+    cost = next(k for k, line in enumerate(said) if "of disk to come" in line and "(slow) 7/12" in line)
+    assert " s each, " in said[cost] and " left; " in said[cost] and " are free" in said[cost]
+    assert "(slow) 8/12 " in said[cost + 1]  # after three of the eight
+    assert said[-1].startswith("proposals (slow) 12/12 ")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="9 more images need about .*1.0 kB are free.*what was made so far stays"):
+        make_proposals(many, slow, tmp_path / "b", reduction=2)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 3
+    monkeypatch.undo()
+    make_proposals(many, slow, tmp_path / "b", reduction=2)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 12
+    assert not capsys.readouterr().out  # silent unless asked
+
+
 def test_a_failing_image_stops_the_run_and_keeps_the_rest(tmp_path, scenes):
     def failing(dataset, index, reduction, limit):
         if index == 1:

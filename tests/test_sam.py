@@ -9,7 +9,7 @@ import torch
 from reinpp.adaptation import engines, sam
 from reinpp.adaptation.engines import ENGINES, engine_options, engine_settings
 from reinpp.adaptation.proposals import make_proposals
-from reinpp.adaptation.sam import generated, sam1, sam2
+from reinpp.adaptation.sam import agree, generated, sam1, sam2
 from reinpp.data.catalog import open_dataset
 
 TINY = dict(model="tiny", checkpoint="random", image_size=256, points_per_side=2, pred_iou_thresh=0.0,
@@ -55,6 +55,9 @@ def test_sam2_from_image_to_stored_proposals(scenes, tmp_path):
         make_proposals(scenes, "sam2", tmp_path, reduction=2, **TINY | dict(points_per_side=3))
     make_proposals(scenes, "sam2", tmp_path, reduction=2, **TINY | dict(points_per_batch=1))  # only how fast
     assert len(sam2(scenes, 1, 2, limit=2, **TINY).masks) == 2
+    halves = sam2(scenes, 1, 2, **TINY | dict(halves=True))
+    holds(halves, (128, 256), 2)
+    assert not torch.equal(halves.bits[0], direct.bits[0])
     holds(sam2(scenes, 0, 4, **TINY | dict(points_per_side=1, crop_n_layers=1, use_m2m=True)), (128, 256), 4)
     none = sam2(scenes, 1, 2, **TINY | dict(pred_iou_thresh=0.999))  # nothing found is no error
     assert none.masks.shape == (0, 64, 128)
@@ -172,10 +175,9 @@ def test_options_that_no_engine_has_are_refused(scenes, tmp_path):
 
 @pytest.mark.parametrize("engine", ["sam2", "sam1"])
 def test_settings_name_what_the_generators_are_always_given(engine):
-    "Stores made before these three options went have them in their manifests, and must still fit."
+    "Stores made before these two options went have them in their manifests, and must still fit."
     options = engine_options(engine)
     assert options["crop_n_points_downscale_factor"] == 1 and options["min_mask_region_area"] == 0
-    assert options["halves"] is False
     assert not {"checkpoint", "points_per_batch", "device"} & set(options)
     with pytest.raises(ValueError, match="has no option 'min_mask_region_area'"):
         engine_options(engine, min_mask_region_area=9)
@@ -208,3 +210,31 @@ def test_run_lengths_become_cells(size, reduction):
         cells = np.array([[2 * part.sum() >= part.size for part in row] for row in parts])
         assert any((cells == m).all() for m in found.masks.numpy())
     assert found.boxes[0].tolist() == [0, 0, size[1], size[0]] and found.scores.max() == 1 and found.scores.min() >= 0
+
+
+@pytest.mark.parametrize("width", [100, 101, 97])
+def test_halves_are_joined_where_they_agree(width):
+    height, cut = 40, 4 * round(width / 8)
+
+    def band(top, bottom, left, right):
+        mask = np.zeros((height, width), bool)
+        mask[top:bottom, left:right] = True
+        return mask
+
+    road, car = band(24, 40, 0, width), band(8, 20, cut - 8, cut + 10)
+    pole, lone = band(0, 24, 4, 8), band(4, 8, cut - 12, cut)
+    shown = [[m[:, :cut] for m in (road, car, pole, lone)], [m[:, cut:] for m in (car, road)]]
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    found = generated(Answers(*shown), image, 4, halves=True)
+    whole = generated(Answers([road, car, pole, lone]), image, 4)
+    assert torch.equal(found.masks, whole.masks) and torch.equal(found.boxes, whole.boxes) and len(found.masks) == 4
+    assert len(generated(Answers([], []), image, 4, halves=True).masks) == 0
+    assert len(generated(Answers([road]), image, 4).masks) == 1  # one image unless asked
+    square = generated(Answers([road[:, :cut]]), image[..., :cut], 4, halves=True)
+    assert len(square.masks) == 1  # not wide: one image, too
+
+
+def test_only_mutual_best_continuations_agree():
+    left = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
+    right = np.array([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]], bool)
+    assert agree(left, right) == [(1, 0)] and agree(left[:0], right) == [] and agree(left, right[:0]) == []

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save
 from .engines import ENGINES, engine_options, engine_settings, find_engine
 from .masks import Proposals
 from ..data.catalog import open_dataset
-from ..files import Progress, cores, data_folder, each, write_atomically
+from ..files import Progress, cores, data_folder, each, file_size, write_atomically
 
 # %% ../../nbs/43_proposals.ipynb #0160867f
 FORMAT = "reinpp-proposals-2"
@@ -179,8 +180,8 @@ def make_proposals(
     Images that are already there are left alone; a truncated or foreign file is named in a warning and made again.
 
     Raises ValueError if the folder holds proposals of another engine, other options or another dataset, or if engine,
-    option or shard is unknown; ImportError or FileNotFoundError if there is something to do and the engine lacks its
-    package or checkpoint."""
+    option or shard is unknown; OSError if the disk has no room; ImportError or FileNotFoundError if there is something
+    to do and the engine lacks its package or checkpoint."""
     function = find_engine(engine)
     if root is None: return ProposalStore(None, dataset, function, reduction, limit, **options)
     if not 0 <= shard[0] < shard[1]:
@@ -208,10 +209,22 @@ def make_proposals(
     results = each(make, todo, workers=0)
     if workers > 1:  # "spawn" is the only way that goes with CUDA
         results = each(_work, todo, workers, "spawn", _start, (make, workers), ordered=False)
-    done, show = len(share) - len(todo), "auto" if progress else "none"
+    done, show, size = len(share) - len(todo), "auto" if progress else "none", 0
     with Progress(len(share), f"proposals ({stored['engine']})", "image", done, show) as bar:
-        for _ in results: bar.update()
+        for made, written in enumerate(results, 1):
+            size += written
+            bar.update()
+            if made == min(3 * workers, len(todo)): _say_what_is_ahead(bar, root, size / made, len(todo) - made)
     return ProposalStore(root)
+
+
+def _say_what_is_ahead(bar, root, each_size, count):
+    "How much disk the rest takes. Raises OSError where there is not so much."
+    ahead, free = count * each_size, shutil.disk_usage(root).free
+    bar.say(f"{bar.line()}; {file_size(ahead)} of disk to come, {file_size(free)} are free")
+    if ahead > free:
+        raise OSError(f"{root}: {count} more images need about {file_size(ahead)}, and {file_size(free)} are free: "
+                      "make room or choose another folder; what was made so far stays")
 
 # %% ../../nbs/43_proposals.ipynb #5a43c007
 def _is_there(dataset, root, manifest, index):
