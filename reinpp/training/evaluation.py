@@ -307,7 +307,7 @@ def _judged(shares, K):
     "Sums over the pixels of normalised scores (K, n): of the largest, and of entropies in units of ln K."
     return shares.amax(0).mean().item(), (-torch.xlogy(shares, shares).sum(0).mean() / math.log(K)).item()
 
-
+# %% ../../nbs/33_evaluation.ipynb #5c0eca05
 @torch.inference_mode()
 def scorecard(
     segmenter: nn.Module,  # has `predict`, as for `evaluate`
