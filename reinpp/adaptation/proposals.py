@@ -217,7 +217,7 @@ def make_proposals(
             if made == min(3 * workers, len(todo)): _say_what_is_ahead(bar, root, size / made, len(todo) - made)
     return ProposalStore(root)
 
-
+# %% ../../nbs/43_proposals.ipynb #c62068c9
 def _say_what_is_ahead(bar, root, each_size, count):
     "How much disk the rest takes. Raises OSError where there is not so much."
     ahead, free = count * each_size, shutil.disk_usage(root).free

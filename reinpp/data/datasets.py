@@ -163,7 +163,7 @@ class Scenes:
         scene = draw_scene(self.seeds[i], weather, "camera", size)
         return scene._replace(image=old_camera(scene.image, self.seeds[i]))
 
-
+# %% ../../nbs/14_datasets.ipynb #95c63212
 _drawn = lru_cache(maxsize=8)(Scenes)  # the same scenes, opened twice, are drawn once
 
 
