@@ -72,7 +72,6 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 # %% ../nbs/01_files.ipynb #5731c2a0
 class BadFile(ValueError):
     "A file that cannot be used as it is. `kind` is one of `unreadable`, `rotated`, `unknown value`, `other size`."
-
     def __init__(self, message: str, kind: str = "unreadable"):
         super().__init__(message)
         self.kind = kind
@@ -87,13 +86,10 @@ class Member(NamedTuple):
     inside: str
 
     def __str__(self) -> str: return f"{self.archive}/{self.inside}"
-
     @property
     def name(self) -> str: return self.inside.rpartition("/")[2]
-
     @property
     def stem(self) -> str: return self.name.rpartition(".")[0]
-
     @property
     def suffix(self) -> str: return "." + self.name.rpartition(".")[2]
 
@@ -112,11 +108,9 @@ def read_bytes(path: Path | Member) -> bytes:
 @lru_cache(maxsize=64)
 def _names(archive, changed):  # `changed`, a time, makes a new archive of an old name another one
     try:
-        with zipfile.ZipFile(archive) as file:
-            return file.namelist()
+        with zipfile.ZipFile(archive) as file: return file.namelist()
     except zipfile.BadZipFile as error:
-        message = f"{archive}: cannot be read as a zip archive ({error}); download it again or remove it"
-        raise BadFile(message) from None
+        raise BadFile(f"{archive}: cannot be read as a zip archive ({error}); download it again or remove it") from None
 
 
 def list_files(
@@ -128,8 +122,7 @@ def list_files(
     base = Path(root) / folder
     if base.is_dir():
         if not deep: return [Path(entry.path) for entry in os.scandir(base) if not entry.is_dir()]
-        def stop(error):
-            raise error
+        def stop(error): raise error
         walk = os.walk(base, onerror=stop, followlinks=True)
         return [Path(at) / name for at, _, names in walk for name in names]
     found = None
@@ -145,7 +138,6 @@ def list_files(
 # %% ../nbs/01_files.ipynb #04c0f5af
 class _Placeholder:
     "Stands for an object of the training state that is not needed and not trusted."
-
     def __init__(self, *args, **kwargs): pass
     def __setstate__(self, state): pass
 
@@ -198,8 +190,7 @@ def read_checkpoint(
         raise ValueError(message) from error
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, EOFError, OSError) as error:
         # a shard has said it already
-        if isinstance(error, FileNotFoundError) or str(error).startswith(str(path.parent)):
-            raise
+        if isinstance(error, FileNotFoundError) or str(error).startswith(str(path.parent)): raise
         message = f"{path}: this checkpoint is damaged or of another kind ({_first_line(error)}): fetch it again"
         raise ValueError(message) from error
     for key in ("state_dict", "model"):
@@ -257,10 +248,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         "A line of its own, which does not break the bar."
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
-        elif self.show != "none":
-            print(text, flush=True)
+        if self.bar is not None: self.bar.write(text, file=sys.stderr)
+        elif self.show != "none": print(text, flush=True)
 
 
 def _where_we_are():
@@ -294,19 +283,13 @@ def update(
         self.bar.update(pieces)
         self.bar.set_postfix({name: f"{value:.2f}" for name, value in values.items()}, refresh=False)
     elif self.show == "notebook" and (last or now - self.said > 0.5):
-        self.said = now
-        _write_over(self, {"text/plain": self.line(**values)})
+        from IPython.display import display
+        self.said, data = now, {"text/plain": self.line(**values)}
+        if self.output is None: self.output = display(data, raw=True, display_id=True)
+        else: self.output.update(data, raw=True)
     elif self.show == "lines" and (last or tenth or now - self.said > 600):
         self.said, self.said_done = now, self.done
         print(self.line(**values), flush=True)
-
-
-def _write_over(progress, data):
-    from IPython.display import display
-    if progress.output is None:
-        progress.output = display(data, raw=True, display_id=True)
-    else:
-        progress.output.update(data, raw=True)
 
 # %% ../nbs/01_files.ipynb #2763887a
 def cores() -> int:
@@ -340,7 +323,11 @@ def each(
         return
     context = multiprocessing.get_context(start)
     if context.get_start_method() != "fork":  # everything goes through pickle
-        _check_importable(function, set_up, set_up_arguments)
+        try:
+            pickle.dumps((function, set_up, set_up_arguments))
+        except Exception as error:
+            message = f"another process must be able to import {function!r} ({error}): use workers=0"
+            raise ValueError(message) from None
     pool = ProcessPoolExecutor(workers, context, _start_worker, (set_up, set_up_arguments))
     try:
         if ordered:
@@ -354,14 +341,6 @@ def each(
         raise RuntimeError(message) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _check_importable(function, *others):
-    try:
-        pickle.dumps((function, *others))
-    except Exception as error:
-        message = f"another process must be able to import {function!r} ({error}): use workers=0"
-        raise ValueError(message) from None
 
 
 def _start_worker(set_up, arguments):

@@ -27,19 +27,14 @@ PALETTE = np.array([
 "(19, 3) uint8: the RGB colours in which Cityscapes paints its classes."
 
 # %% ../nbs/00_labels.ipynb #25ab5c8c
-def _by_id(groups: dict[int, tuple[int, ...]]) -> dict[int, int]:
-    "Turn trainId -> (ids, ...) into id -> trainId."
-    return {i: train_id for train_id, ids in groups.items() for i in ids}
-
-
 ID_MAPS = {
     "cityscapes": {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
                    27: 14, 28: 15, 31: 16, 32: 17, 33: 18},
     "synthia": {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14,
                 19: 15, 20: 16, 12: 17, 11: 18},
-    "mapillary": _by_id({0: (7, 8, 10, 13, 14, 23, 24), 1: (2, 9, 11, 15), 2: (17,), 3: (6,), 4: (3,), 5: (44, 45, 47),
-                         6: (48,), 7: (46, 49, 50), 8: (30,), 9: (29,), 10: (27,), 11: (19,), 12: (20, 21, 22),
-                         13: (55,), 14: (61,), 15: (54,), 16: (58,), 17: (57,), 18: (52,)}),
+    "mapillary": {7: 0, 8: 0, 10: 0, 13: 0, 14: 0, 23: 0, 24: 0, 2: 1, 9: 1, 11: 1, 15: 1, 17: 2, 6: 3, 3: 4, 44: 5,
+                  45: 5, 47: 5, 48: 6, 46: 7, 49: 7, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11, 20: 12, 21: 12, 22: 12,
+                  55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18},
     "camvid": {0: 10, 1: 2, 2: 5, 3: 0, 4: 1, 5: 8, 6: 7, 7: 4, 8: 13, 9: 11, 10: 12},
     "trainids": {i: i for i in range(19)},
 }
@@ -54,9 +49,7 @@ HIGHEST_ID = {"cityscapes": 33, "gtav": 34, "synthia": 22, "mapillary": 65, "cam
 def all_ids(
     name: str,  # a key of `ID_MAPS`
 ) -> dict[int, int]:  # {every id that may occur: trainId, or 255}
-    """The whole map of a dataset: ids up to its highest, 255 for those that are ignored.
-
-    Where labels are trainIds, 255 itself may occur too."""
+    "The whole map: ids up to the highest, 255 for those that are ignored; where labels are trainIds, 255 may occur."
     ids = {i: ID_MAPS[name].get(i, IGNORE) for i in range(HIGHEST_ID[name] + 1)}
     return ids | ({IGNORE: IGNORE} if name in ("trainids", "urbansyn") else {})
 
@@ -91,9 +84,7 @@ def overlay(
     label: np.ndarray,  # (H, W) class numbers
     alpha: float = 0.5,  # share of the label's colour, 0 to 1
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB
-    """The image with its labels painted over it; ignored pixels keep the image.
-
-    Raises ValueError where the sizes differ."""
+    "The image with its labels painted over it; ignored pixels keep the image. ValueError where the sizes differ."
     image, label = np.asarray(image), np.asarray(label)
     if image.shape != (*label.shape, 3):
         raise ValueError(f"image {image.shape} and label {label.shape} differ in size; expected (H, W, 3) and (H, W)")

@@ -39,8 +39,7 @@ def init_process_group(
     if device == torch.device("cuda"):
         local, number = int(os.environ.get("LOCAL_RANK", get_rank())), torch.cuda.device_count()
         if local >= number:
-            raise ValueError(f"process {local} of this machine has no GPU of its own, there are {number}: "
-                             f"start torchrun with --nproc-per-node {number}")
+            raise ValueError(f"process {local} of this machine has no GPU: use torchrun --nproc-per-node {number}")
         device = torch.device("cuda", local)
     if device.type == "cuda": torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.levers import held_bytes
 from reduced import NAMES, reduced
 from safetensors.torch import save_file
 
@@ -14,7 +15,6 @@ from reinpp.models.backbones import (
     convert_internvit,
     create_backbone,
     extract_features,
-    held_bytes,
     official_resize,
     other_spec,
     patch_size_of,

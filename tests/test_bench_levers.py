@@ -78,20 +78,6 @@ def test_compiled_blocks(backend):
     assert (other.backbone.blocks[0](tokens) - segmenter.backbone.blocks[0](tokens)).abs().max() > 1e-3
 
 
-def test_prediction_in_bf16():
-    segmenter, images = segmenter_like_a_trained_one(), torch.rand(1, 3, 64, 100)
-    exact = segmenter.predict(images, 64)
-    assert torch.equal(segmenter.predict(images, 64, precision="float32"), exact)
-    rounded = segmenter.predict(images, 64, precision="bf16")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(segmenter.predict(images, 64), rounded)
-        again = segmenter.predict(images, 64, precision="float32")
-    assert torch.equal(again, exact), "said here, it holds whatever is around"
-    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().mean() < .2 * exact.mean()
-    with pytest.raises(ValueError, match="precision='fp8' is unknown: use one of None, bf16, float32"):
-        segmenter.predict(images, precision="fp8")
-
-
 def losses_of(precision, seed, steps=100):
     "The losses of a short training on one batch, points drawn anew in every step; the mean of each quarter."
     job = Job(Row("rein_g", **SMALL), precision=precision)

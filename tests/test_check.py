@@ -84,8 +84,7 @@ def test_each_fault_is_found_and_named(city, kind):
     assert report.table[kind].tolist() == [1, 0, 0] and report.table.status.tolist() == [kind, "ok", "ok"]
     if kind == "unknown value":
         assert "value 200" in report.problems.what[0]
-    seen = str(city.parent / "seen")
-    assert main(["cityscapes", "--data-root", str(city.parent), "--any-number", "--cache", seen]) == 1
+    assert main(["cityscapes", "--data-root", str(city.parent), "--any-number", "--again"]) == 1
 
 
 def test_labels_without_images_and_lists_that_fail(city):
@@ -200,15 +199,15 @@ def test_absent_sets_and_splits(city):
     assert check("gtav", city.parent, cache=None).table.status.tolist() == ["cannot be listed"]
     with pytest.raises(ValueError, match="cityscapes"):
         check("citiscapes")
-    with pytest.raises(ValueError, match="no split 'dev'"):
+    with pytest.raises(ValueError, match="cityscapes: split='dev' is unknown: use one of train, val"):
         check("cityscapes:dev", city)
-    with pytest.raises(ValueError, match="open what is to be checked"):
+    with pytest.raises(ValueError, match="dataset='folder' is unknown: use one of gtav"):
         check("folder")
 
 
 def test_exit_status(city, tmp_path, capsys):
     def shell(*a):
-        return main([*a, "--cache", str(tmp_path / "seen")])
+        return main([*a, "--again"])
 
     assert shell("--data-root", str(city.parent), "--any-number") == 0 and "cityscapes" in capsys.readouterr().out
     assert shell("--data-root", str(city.parent)) == 1 and "incomplete" in capsys.readouterr().out
@@ -216,5 +215,5 @@ def test_exit_status(city, tmp_path, capsys):
     assert "dataset='nothing' is unknown" in capsys.readouterr().err
     assert shell("--data-root", str(tmp_path / "empty")) == 1 and "--data-root" in capsys.readouterr().err
     done = subprocess.run([sys.executable, "-m", "reinpp.data.check", "gtav", "--data-root", str(city.parent),
-        "--cache", str(tmp_path / "seen")], capture_output=True, text=True)
+        "--again"], capture_output=True, text=True)
     assert done.returncode == 1 and "no folder" in done.stdout and not done.stderr

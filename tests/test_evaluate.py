@@ -17,18 +17,14 @@ from reinpp.data.datasets import Dataset
 from reinpp.labels import CLASSES, ID_MAPS, PALETTE
 from reinpp.training.evaluation import (
     CONDITIONS,
-    PROTOCOL_SETS,
-    SYNTHIA_13,
-    SYNTHIA_16,
+    SETS,
     average,
     evaluate,
     evaluate_set,
     iou_from_confusion,
-    mean_iou,
     predict_to_folder,
     predictions,
     protocol,
-    summarize,
 )
 
 
@@ -224,7 +220,7 @@ def test_protocols():
         assert (protocol(name)["size"], protocol(name, 1024)["size"]) == ((540, 960), (1080, 1920))
     assert protocol("cityscapes", cvpr24=True)["size"] == (512, 1024) and protocol("mapillary",
         cvpr24=True)["fit"] == (1024, 512)
-    assert all(protocol(n, s, cvpr24=True) == protocol(n, s) for n in PROTOCOL_SETS
+    assert all(protocol(n, s, cvpr24=True) == protocol(n, s) for n in SETS
         if n not in ("cityscapes", "mapillary") for s in (512, 1024))
     with pytest.raises(ValueError, match="gtav.*mapillary"):
         protocol("kitti")
@@ -283,26 +279,9 @@ def test_acdc_is_the_mean_over_conditions(monkeypatch):
     json.dumps(result)
 
 
-# ---------------------------------------------------------------- means and tables
+# ---------------------------------------------------------------- means
 
-def test_synthia_means_and_summary():
-    results = {"a": evaluate(Table(), random_set(SIZES, classes=CLASSES)),
-        "b": evaluate(Table(), random_set(SIZES, seed=1, classes=CLASSES))}
-    iou = results["a"]["iou"]
-    assert len(SYNTHIA_16) == 16 and len(SYNTHIA_13) == 13 and not {"terrain", "truck",
-        "train"} & set(SYNTHIA_16) and not {"wall", "fence", "pole"} & set(SYNTHIA_13)
-    for classes in (SYNTHIA_16, SYNTHIA_13):
-        assert mean_iou(results["a"], classes) == pytest.approx(np.nanmean([iou[c] for c in classes]))
-    assert mean_iou(results["a"], CLASSES) == pytest.approx(results["a"]["miou"])
-    with pytest.raises(ValueError, match="class='tram' is unknown: use one of road"):
-        mean_iou(results["a"], ("road", "tram"))
-    table = summarize(results | {"acdc": average(results)})
-    # nobody has a bicycle
-    assert list(table.index) == ["a", "b", "acdc", "- a", "- b",
-        "average"] and "bicycle" not in table and "road" in table
-    assert table.loc["average", "mIoU"] == pytest.approx(
-        50 * (results["a"]["miou"] + results["b"]["miou"])) and table.loc["acdc", "images"] == 20
-    assert list(summarize({"a": results["a"]}, per_class=False).columns) == ["mIoU", "images"]
+def test_no_average_of_nothing():
     with pytest.raises(ValueError, match="no results"):
         average({})
 

@@ -175,18 +175,18 @@ def test_manifest_says_what_decides_about_the_masks(scenes, tmp_path):
     make_proposals(scenes, "classical", tmp_path, scale=80, long_edge=256, shard=(0, 3))  # a default, named
 
 
-def test_opening_with_other_settings_is_refused(scenes, tmp_path, monkeypatch):
+def test_a_folder_of_other_images_or_without_manifest_is_refused(scenes, tmp_path):
     make_proposals(scenes, "instances", tmp_path, reduction=2)
-    assert len(ProposalStore(tmp_path)) == len(ProposalStore(tmp_path, scenes, "instances", 2, limit=400)) == 3
-    for arguments, says in ((dict(engine="classical"), "engine 'instances' .asked: 'classical'"),
-            (dict(reduction=4), "reduction 2 .asked: 4"),
-            (dict(engine="instances", limit=100), "limit 400 .asked: 100"),
-            (dict(dataset=open_dataset("scenes", "night/train", count=2)), "images 3 .asked: 2"),
-            (dict(dataset=open_dataset("scenes", "train", count=3)), "names ")):
+    assert len(ProposalStore(tmp_path)) == 3
+    for engine, reduction, limit, says in (("classical", 2, 400, "engine 'instances' .asked: 'classical'"),
+            ("instances", 4, 400, "reduction 2 .asked: 4"), ("instances", 2, 100, "limit 400 .asked: 100")):
         with pytest.raises(ValueError, match=f"{says}.*another folder"):
-            ProposalStore(tmp_path, **arguments)
-    with pytest.raises(ValueError, match="name the engine"):
-        ProposalStore(tmp_path, scale=3)
+            make_proposals(scenes, engine, tmp_path, reduction, limit)
+    with pytest.raises(ValueError, match="images 3 .asked: 2.*another folder"):
+        make_proposals(open_dataset("scenes", "night/train", count=2), "instances", tmp_path, reduction=2)
+    for arguments in (dict(), dict(root=tmp_path, dataset=scenes)):
+        with pytest.raises(ValueError, match="a folder of proposals, or a dataset"):
+            ProposalStore(**arguments)
     with pytest.raises(ValueError, match="names .*another folder"):  # as many images, but others
         make_proposals(open_dataset("scenes", "train", count=3), "instances", tmp_path, reduction=2)
     (tmp_path / "manifest.json").write_text('{"format"')
@@ -267,18 +267,27 @@ def slow(dataset, index, reduction, limit):
     return instances(dataset, 0, reduction, limit)
 
 
+def test_says_how_far_it_is_and_only_when_asked(tmp_path, capsys):
+    many = open_dataset("scenes", "night/train", count=12)
+    make_proposals(many, slow, tmp_path, reduction=2, shard=(0, 3))
+    assert not capsys.readouterr().out  # silent unless asked
+    make_proposals(many, slow, tmp_path, reduction=2, progress=True)
+    said = capsys.readouterr().out.splitlines()
+    assert "(slow) 5/12 " in said[0] and said[-1].startswith("proposals (slow) 12/12 ")
+
+
 def test_says_what_it_will_cost_before_the_bulk_and_stops_at_a_full_disk(tmp_path, monkeypatch, capsys):
     many = open_dataset("scenes", "night/train", count=12)
     make_proposals(many, slow, tmp_path / "a", reduction=2, shard=(0, 3), progress=True)
     make_proposals(many, slow, tmp_path / "a", reduction=2, progress=True)
     said = capsys.readouterr().out.splitlines()
-    cost = next(k for k, line in enumerate(said) if "proposals of 8 images (4 of 12 are there) by slow: " in line)
-    assert "images/s in 1 process, about " in said[cost] and "of disk (" in said[cost]
-    assert "(slow) 7/12 " in said[cost - 1] and "(slow) 8/12 " in said[cost + 1]  # after three of the eight
+    cost = next(k for k, line in enumerate(said) if "of disk to come" in line and "(slow) 7/12" in line)
+    assert " s each, " in said[cost] and " left; " in said[cost] and " are free" in said[cost]
+    assert "(slow) 8/12 " in said[cost + 1]  # after three of the eight
     assert said[-1].startswith("proposals (slow) 12/12 ")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(OSError, match="9 more images need about .*1.0 kB are free.*the 3 made so far stay"):
+    with pytest.raises(OSError, match="9 more images need about .*1.0 kB are free.*what was made so far stays"):
         make_proposals(many, slow, tmp_path / "b", reduction=2)
     assert len(list((tmp_path / "b").glob("*.safetensors"))) == 3
     monkeypatch.undo()

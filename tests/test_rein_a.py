@@ -14,7 +14,6 @@ from reinpp.adaptation.rein_a import (
     CollapseGuard,
     ReinA,
     agreement,
-    draw_views,
     pseudo_label,
 )
 from reinpp.adaptation.stm import STM, stm_label, stm_mask_loss
@@ -727,10 +726,8 @@ def test_views_change_nothing(data):
         for v in views.values())
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    figure = draw_views(views)
-    assert len(figure.axes) == 2 * 6
-    del views["stm"]
-    assert len(draw_views(views, rows=1).axes) == 5
+    assert len(r.picture(batch_of(r)).axes) == 2 * 6
+    assert len(objective(data, stm=False).picture(batch_of(r), rows=1).axes) == 5
     matplotlib.pyplot.close("all")
 
 

@@ -2,7 +2,6 @@
 import copy
 import json
 import os
-import warnings
 
 import pytest
 import torch
@@ -63,7 +62,7 @@ def test_every_adapter_with_every_head(adapter, head, tmp_path):
     other = make(adapter, head, seed=9)
     assert not torch.equal(other.predict(IMAGES), trained)
     assert other.load_adapter(segmenter.save_adapter(tmp_path, record=dict(seed=0))) is other
-    assert torch.equal(other.predict(IMAGES), trained) and other.loaded["record"] == dict(seed=0)
+    assert torch.equal(other.predict(IMAGES), trained) and read_adapter(tmp_path)[0]["record"] == dict(seed=0)
     assert torch.equal(load_segmenter(tmp_path).predict(IMAGES), trained)
     steps = [train_a_step(s).parameters() for s in (segmenter, other)]
     assert all(torch.equal(a, b) for a, b in zip(*steps)), "it trains on the same"
@@ -167,15 +166,6 @@ def test_the_head_per_pixel(tmp_path):
         make().load_adapter(tmp_path)
 
 
-def test_precision_is_chosen_or_refused(plain):
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded, exact = plain.predict(IMAGES), plain.predict(IMAGES, precision="float32")
-    assert torch.equal(plain.predict(IMAGES, precision="bf16"), rounded)
-    assert torch.equal(plain.predict(IMAGES), exact) and not torch.equal(rounded, exact)
-    with pytest.raises(ValueError, match="precision='fp8' is unknown: use one of None, bf16, float32"):
-        plain.predict(IMAGES, precision="fp8")
-
-
 # ---------------------------------------------------------------- adapter files
 
 def test_what_a_file_holds_does_not_depend_on_freezing(saved, tmp_path):
@@ -188,25 +178,26 @@ def test_what_a_file_holds_does_not_depend_on_freezing(saved, tmp_path):
     assert torch.equal(other.predict(IMAGES), segmenter.predict(IMAGES))
 
 
+def test_an_adapter_comes_in_its_segmenters_dtype(saved):
+    segmenter, folder = saved
+    other = make(seed=9).to(torch.bfloat16).load_adapter(folder)
+    assert all(p.dtype == torch.bfloat16 for p in other.parameters())
+    full = segmenter.trained_state()
+    assert all(torch.equal(t, full[n].to(torch.bfloat16)) for n, t in other.trained_state().items())
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(dtype, saved, tmp_path):
     segmenter, folder = saved
     half = segmenter.save_adapter(tmp_path / "half", dtype=dtype)
     small, large = ((f / "adapter_model.safetensors").stat().st_size for f in (half, folder))
     tensors = sum(t.nbytes for t in segmenter.trained_state().values())
-    assert large - small == tensors // 2 or abs(large - small - tensors // 2) < 4096
+    assert abs(large - small - tensors // 2) < 4096
     config, state = read_adapter(half)
     assert config["dtype"] == dtype and all(t.dtype == getattr(torch, dtype) for t in state.values())
-    other = make(seed=9)
-    with pytest.warns(UserWarning, match=f"stored in {dtype}"):
-        other.load_adapter(half)
-    assert other.loaded["dtype"] == dtype and all(p.dtype == torch.float32 for p in other.parameters())
-    full = segmenter.trained_state()
+    other, full = make(seed=9).load_adapter(half), segmenter.trained_state()
+    assert all(p.dtype == torch.float32 for p in other.parameters())
     assert all(torch.equal(t, full[n].to(getattr(torch, dtype)).float()) for n, t in other.trained_state().items())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        other.to(torch.bfloat16).load_adapter(folder)
-    assert all(p.dtype == torch.bfloat16 for p in other.parameters())
 
 
 def test_numbers_that_a_type_cannot_hold_are_not_saved(saved, tmp_path):
@@ -267,7 +258,7 @@ def test_a_damaged_file_is_refused_and_nothing_changes(spoil, says, saved):
     with pytest.raises((ValueError, FileNotFoundError), match=says) as told:
         segmenter.load_adapter(folder)
     assert "\n" not in str(told.value) and str(folder) in str(told.value)
-    assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items()) and segmenter.loaded is None
+    assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items())
     with pytest.raises((ValueError, FileNotFoundError)):
         load_segmenter(folder, pretrained=False)
 
@@ -320,7 +311,7 @@ def test_a_load_that_fails_half_way_leaves_no_trace(saved, monkeypatch):
     before = {n: p.clone() for n, p in segmenter.state_dict().items()}
     with pytest.raises(NotImplementedError):
         segmenter.load_adapter(saved[1])
-    assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items()) and segmenter.loaded is None
+    assert all(torch.equal(p, before[n]) for n, p in segmenter.state_dict().items())
 
 
 def test_a_save_that_fails_half_way_leaves_the_old_files(saved, monkeypatch):
@@ -377,18 +368,18 @@ def hub(tmp_path, monkeypatch):
     root, made = tmp_path / "hub", {}
     def create_repo(self, repo_id, *, private=None, exist_ok=False, **_):
         made[repo_id] = private
-    def upload_folder(self, *, repo_id, folder_path, commit_message, **_):
+    def create_commit(self, repo_id, operations, *, commit_message, **_):
         target = root / repo_id
         target.mkdir(parents=True, exist_ok=True)
-        for name in os.listdir(folder_path):
-            (target / name).write_bytes(open(os.path.join(folder_path, name), "rb").read())
+        for added in operations:
+            (target / added.path_in_repo).write_bytes(added.path_or_fileobj)
         return f"https://huggingface.co/{repo_id}/commit/1"
     def snapshot_download(repo_id, *, revision=None, token=None, allow_patterns=None):
         if not (root / repo_id).is_dir():
             raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand a long story")
         return str(root / repo_id)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return root, made
 
@@ -396,7 +387,8 @@ def hub(tmp_path, monkeypatch):
 def test_push_and_pull(saved, hub):
     segmenter, folder = saved
     root, made = hub
-    assert push_adapter(segmenter, "me/rain", record=dict(miou=48.07)).startswith("https://huggingface.co/me/rain")
+    segmenter.save_adapter(folder, record=dict(miou=48.07))
+    assert push_adapter(folder, "me/rain").startswith("https://huggingface.co/me/rain")
     assert push_adapter(folder, "me/fog", private=False) and made == {"me/rain": True, "me/fog": False}
     assert (root / "me" / "fog" / "adapter_model.safetensors").read_bytes() == (
         folder / "adapter_model.safetensors").read_bytes()
@@ -408,7 +400,7 @@ def test_push_and_pull(saved, hub):
 def test_what_the_hub_refuses_is_one_line(saved, hub, monkeypatch):
     import huggingface_hub
     root, _ = hub
-    with pytest.raises(ConnectionError, match=r"me/none at v1 could not be fetched \(no network\)"):
+    with pytest.raises(ConnectionError, match=r"me/none at v1 could not be fetched \(.*no network and a long story\)"):
         pull_adapter("me/none", revision="v1")
     (root / "me" / "empty").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
@@ -419,5 +411,6 @@ def test_what_the_hub_refuses_is_one_line(saved, hub, monkeypatch):
     def denied(self, *a, **k):
         raise PermissionError("401: invalid token")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", denied)
-    with pytest.raises(ConnectionError, match=r"me/rain could not be pushed \(401: invalid token\): log in"):
-        push_adapter(saved[0], "me/rain")
+    saved[0].save_adapter(saved[1])
+    with pytest.raises(ConnectionError, match=r"me/rain could not be pushed \(.*401: invalid token\): log in"):
+        push_adapter(saved[1], "me/rain")

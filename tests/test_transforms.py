@@ -21,7 +21,6 @@ from reinpp.data.transforms import (
     short_edge_size,
     strong_augment,
 )
-from reinpp.training.train import loading_speed, workers_needed
 
 MEAN = torch.tensor([.485, .456, .406]).view(3, 1, 1)
 GOLDEN = [(108, 25, 1, True, 0.022326), (64, 2, 1, True, 0.011225), (83, 15, 74, True, 0.533229),
@@ -502,22 +501,3 @@ def test_adv_style_step_is_gradient_ascent_in_normalised_units():
     loss((content * sigma + mu) * std + MEAN).backward()
     by_hand = (content * (sigma + 3 * sigma.grad) + mu + 3 * mu.grad) * std + MEAN
     torch.testing.assert_close(adv_style(images, loss, lr=3.), by_hand.detach(), atol=1e-4, rtol=0)
-
-
-# ---------------------------------------------------------------- how fast
-
-def test_speed_and_workers():
-    read = []
-    class Data:
-        def __len__(self):
-            return 3
-        def __getitem__(self, i):
-            read.append(i)
-            return "image", "label", "name"
-    seen = []
-    assert loading_speed(Data(), lambda image, label: seen.append((image, label)), seconds=.01) > 0
-    assert read[:4] == [0, 1, 2, 0] and set(seen) == {("image", "label")} and len(seen) == len(read)
-    read.clear()
-    assert loading_speed(Data(), seconds=0) > 0 and read == [0]
-    assert workers_needed(8, 4, .84) == 1 and workers_needed(8, 4, .2) == 3 and workers_needed(8, 4,
-        .5) == 1 and workers_needed(3, 8, .2) == 14

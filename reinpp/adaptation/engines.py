@@ -142,9 +142,8 @@ def find_engine(
     engine: str | Callable,  # a key of `ENGINES`, or a function like them
 ) -> Callable:
     "The engine's function. Raises ValueError for an unknown name."
-    if callable(engine): return engine
-    check_choice("engine", engine, ENGINES)
-    return ENGINES[engine]
+    if not callable(engine): check_choice("engine", engine, ENGINES)
+    return engine if callable(engine) else ENGINES[engine]
 
 
 def engine_options(
@@ -154,7 +153,14 @@ def engine_options(
     """All options that decide about an engine's masks, defaults filled in.
 
     Raises ValueError for one that the engine does not have."""
-    chosen = _fill_in(find_engine(engine), options)
+    function = find_engine(engine)
+    parameters = list(inspect.signature(function).parameters.values())[4:]  # after dataset, index, reduction, limit
+    known = {parameter.name: parameter.default for parameter in parameters}
+    for name in options:
+        if name not in known:
+            has = ", ".join(known) or "none"
+            raise ValueError(f"engine {function.__name__!r} has no option {name!r}; it has {has}")
+    chosen = known | getattr(function, "fixed", {}) | options
     return {name: value for name, value in chosen.items() if name not in WITHOUT_EFFECT}
 
 
@@ -169,21 +175,9 @@ def engine_settings(
     settings = dict(engine=function.__name__, options=engine_options(engine, **options), package=None, checkpoint=None)
     if hasattr(function, "package"): settings["package"] = package_version(function.package)
     if hasattr(function, "checkpoint"):
-        chosen = _fill_in(function, options)
-        path = function.checkpoint(chosen["model"], chosen["checkpoint"])
+        path = function.checkpoint(settings["options"]["model"], options.get("checkpoint"))
         settings["checkpoint"] = f"{path.name} {_digest(path, path.stat().st_mtime_ns)}" if path else "random"
     return settings
-
-
-def _fill_in(function, options):
-    "All options of an engine: the given ones, its defaults, and what is fixed."
-    parameters = list(inspect.signature(function).parameters.values())[4:]  # after dataset, index, reduction, limit
-    known = {parameter.name: parameter.default for parameter in parameters}
-    for name in options:
-        if name not in known:
-            message = f"engine {function.__name__!r} has no option {name!r}; it has {', '.join(known) or 'none'}"
-            raise ValueError(message)
-    return known | getattr(function, "fixed", {}) | options
 
 
 @lru_cache

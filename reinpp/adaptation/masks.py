@@ -33,26 +33,18 @@ class Proposals(NamedTuple):
         return unpack(self.bits, grid_size(self.image_size, self.reduction)[1])
 
 
-def grid_size(
-    image_size: tuple,  # (H, W) in pixels
-    reduction: int,  # pixels along the side of a cell
-) -> tuple:
-    "Height and width of the grid that stores an image's masks: rounded up."
+def grid_size(image_size: tuple, reduction: int) -> tuple:
+    "Height and width of the grid of an image (H, W), with cells of `reduction` pixels along the side: rounded up."
     return -(-image_size[0] // reduction), -(-image_size[1] // reduction)
 
 
-def pack(
-    masks: torch.Tensor,  # (..., w) bool, on the CPU
-) -> torch.Tensor:
-    "Masks as bits: (..., ceil(w / 8)) uint8, first cell in the highest bit; every row starts a byte."
+def pack(masks: torch.Tensor) -> torch.Tensor:
+    "Masks (..., w) bool on the CPU as bits (..., ceil(w / 8)) uint8, first cell highest; every row starts a byte."
     return torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
 
 
-def unpack(
-    bits: torch.Tensor,  # (..., ceil(w / 8)) uint8, on any device
-    width: int,  # w
-) -> torch.Tensor:
-    "The inverse of `pack`: (..., w) bool."
+def unpack(bits: torch.Tensor, width: int) -> torch.Tensor:
+    "The inverse of `pack`, on any device: (..., width) bool."
     if bits.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(bits.numpy(), axis=-1, count=width)).view(torch.bool)
     shift = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
@@ -74,10 +66,7 @@ def coverage(
     return counts, cell_size(ids.shape, reduction)
 
 
-def cell_size(
-    image_size: tuple,  # (H, W) in pixels
-    reduction: int,  # pixels along the side of a cell
-) -> np.ndarray:
+def cell_size(image_size: tuple, reduction: int) -> np.ndarray:
     "Pixels in each cell (h, w) uint16: `reduction` squared, fewer at the right and lower border."
     down, across = (np.minimum(reduction, size - np.arange(0, size, reduction)) for size in image_size)
     return np.outer(down, across).astype(np.uint16)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import shutil
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save
 from .engines import ENGINES, engine_options, engine_settings, find_engine
 from .masks import Proposals
 from ..data.catalog import open_dataset
-from ..files import Progress, cores, data_folder, duration, each, file_size, write_atomically
+from ..files import Progress, cores, data_folder, each, file_size, write_atomically
 
 # %% ../../nbs/43_proposals.ipynb #0160867f
 FORMAT = "reinpp-proposals-2"
@@ -90,8 +89,7 @@ def _read_manifest(root):
             raise ValueError(f"format {stored['format']}, not {FORMAT}")
         return stored
     except (ValueError, KeyError, TypeError) as error:
-        message = f"{path} is not a manifest of proposals ({error}): delete the folder, or choose another folder"
-        raise ValueError(message) from None
+        raise ValueError(f"{path} is not a manifest of proposals ({error}): delete or choose another folder") from None
 
 
 def _settings(engine, options):
@@ -101,12 +99,8 @@ def _settings(engine, options):
     try:
         settings = engine_settings(engine, **options)
     except (ImportError, FileNotFoundError) as error:
-        missing = error
-        settings = dict(engine=find_engine(engine).__name__, options=engine_options(engine, **options))
+        missing, settings = error, dict(engine=engine.__name__, options=engine_options(engine, **options))
     return json.loads(json.dumps(settings, default=str)), missing
-
-
-def _images(dataset): return dict(images=len(dataset), names=_hash("\n".join(dataset.reader.names)))
 
 
 def _hash(text): return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -114,16 +108,14 @@ def _hash(text): return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 def _refuse_others(root, stored, wanted):
     "Raise ValueError if a folder was made with something else than is wanted."
-    if wanted.get("engine", stored["engine"]) != stored["engine"]:  # then the rest goes without saying
+    if wanted["engine"] != stored["engine"]:  # then the rest goes without saying
         wanted = {name: value for name, value in wanted.items() if name not in ("package", "checkpoint", "options")}
+    old, new = stored["options"], wanted.get("options", stored["options"])
     pairs = {name: (stored.get(name), value) for name, value in wanted.items() if name != "options"}
-    if "options" in wanted:
-        old, new = stored["options"], wanted["options"]
-        pairs |= {name: (old.get(name, "absent"), new.get(name, "absent")) for name in sorted(old | new)}
+    pairs |= {name: (old.get(name, "absent"), new.get(name, "absent")) for name in sorted(old | new)}
     differ = [f"{name} {old!r} (asked: {new!r})" for name, (old, new) in pairs.items() if old != new]
     if differ:
-        message = f"{root} holds proposals made with {', '.join(differ)}: choose another folder, or delete this one"
-        raise ValueError(message)
+        raise ValueError(f"{root} holds proposals made with {', '.join(differ)}: delete it or choose another folder")
 
 # %% ../../nbs/43_proposals.ipynb #a78dbe52
 class ProposalStore:
@@ -131,32 +123,23 @@ class ProposalStore:
 
     def __init__(
         self,
-        root: str | Path | None = None,  # folder that `make_proposals` made; what else is given must agree with it
+        root: str | Path | None = None,  # folder that `make_proposals` made
         dataset=None,  # without a folder: what to compute them from
-        engine: str | Callable | None = None,  # without a folder: a key of `ENGINES` or a function (None: classical)
-        reduction: int | None = None,  # without a folder: pixels along the side of a cell (None: 4; small images: 2)
-        limit: int | None = None,  # without a folder: most masks of an image (None: 400)
+        engine: str | Callable = "classical",  # without a folder: a key of `ENGINES` or a function
+        reduction: int = 4,  # without a folder: pixels along the side of a cell (small images: 2)
+        limit: int = 400,  # without a folder: most masks of an image
         **options,  # of the engine
     ):
+        if (root is None) == (dataset is None):
+            raise ValueError("ProposalStore needs a folder of proposals, or a dataset to compute them from")
         self.root, self.dataset, self.options, self.memory = root and Path(root), dataset, options, {}
         if root is None:
-            if dataset is None:
-                raise ValueError("ProposalStore needs a folder of proposals, or a dataset to compute them from")
-            self.engine, self.reduction, self.limit = find_engine(engine or "classical"), reduction or 4, limit or 400
+            self.engine, self.reduction, self.limit, self.length = find_engine(engine), reduction, limit, len(dataset)
             engine_options(self.engine, **options)  # an unknown one is refused now
-            self.length = len(dataset)
             return
         self.manifest = _read_manifest(self.root)
         if self.manifest is None:
-            message = (f"no proposals in {root} (manifest.json is missing): run "
-                       f"make_proposals(dataset, engine, {str(root)!r}) first")
-            raise FileNotFoundError(message)
-        if options and engine is None:
-            raise ValueError(f"ProposalStore: name the engine whose options {', '.join(options)} are")
-        wanted = {name: value for name, value in (("reduction", reduction), ("limit", limit)) if value}
-        wanted |= _images(dataset) if dataset is not None else {}
-        wanted |= _settings(engine, options)[0] if engine is not None else {}
-        _refuse_others(root, self.manifest, wanted)
+            raise FileNotFoundError(f"no proposals in {root} (manifest.json is missing): run make_proposals first")
         self.length, self.reduction = self.manifest["images"], self.manifest["reduction"]
 
     def __len__(self): return self.length
@@ -171,8 +154,7 @@ class ProposalStore:
             try:
                 return read_proposals(_file(self.root, index), self.manifest["engine"], self.manifest["key"])
             except ValueError as error:
-                message = f"{error}: run make_proposals again, it computes only what is missing or broken"
-                raise ValueError(message) from None
+                raise ValueError(f"{error}: run make_proposals again, it mends what is broken") from None
         if index not in self.memory:
             found = self.engine(self.dataset, index, self.reduction, self.limit, **self.options)
             self.memory[index] = found._replace(name=self.dataset.reader.names[index])
@@ -189,7 +171,7 @@ def make_proposals(
     reduction: int = 4,  # pixels along the side of a cell (small images: 2)
     limit: int = 400,  # at most so many masks per image
     shard: tuple = (0, 1),  # (k, n): every n-th image from the k-th on, so that n machines share the work
-    progress: bool = False,  # say what it will cost, and how far it is
+    progress: bool = False,  # say how far it is, and how long it will take
     processes: int = 1,  # workers on this machine, each with a GPU of its own where there are several
     **options,  # options of the engine
 ) -> ProposalStore:
@@ -205,12 +187,12 @@ def make_proposals(
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard {shard[0]}/{shard[1]}: shards of {shard[1]} are numbered 0 to {shard[1] - 1}")
     if processes > 1 and "<" in function.__qualname__:  # <lambda>, <locals>
-        message = (f"processes={processes}: an engine must be a function of a module, so that another process can "
-                   f"import it; {engine!r} is not")
-        raise ValueError(message)
+        raise ValueError(f"processes={processes}: another process imports the engine, so it must be a function of a "
+                         f"module; {engine!r} is not")
     root = Path(root)
     settings, missing = _settings(function, options)
-    manifest = dict(format=FORMAT, **settings, reduction=reduction, limit=limit, **_images(dataset))
+    manifest = dict(format=FORMAT, **settings, reduction=reduction, limit=limit, images=len(dataset),
+        names=_hash("\n".join(dataset.reader.names)))
     stored = _read_manifest(root)
     if stored is not None:
         _refuse_others(root, stored, manifest)
@@ -221,15 +203,28 @@ def make_proposals(
         write_atomically(root / "manifest.json", (json.dumps(stored, indent=1) + "\n").encode())
     share = range(shard[0], len(dataset), shard[1])
     todo = [index for index in share if not _is_there(dataset, root, stored, index)]
-    if todo and missing:
-        raise missing
+    if todo and missing: raise missing
     make = partial(_make, dataset, function, root, stored["key"], (reduction, limit), **options)
     workers = max(1, min(processes, len(todo)))
     results = each(make, todo, workers=0)
     if workers > 1:  # "spawn" is the only way that goes with CUDA
         results = each(_work, todo, workers, "spawn", _start, (make, workers), ordered=False)
-    _watch(results, len(todo), len(share), workers, stored["engine"], root, progress)
+    done, show, size = len(share) - len(todo), "auto" if progress else "none", 0
+    with Progress(len(share), f"proposals ({stored['engine']})", "image", done, show) as bar:
+        for made, written in enumerate(results, 1):
+            size += written
+            bar.update()
+            if made == min(3 * workers, len(todo)): _say_what_is_ahead(bar, root, size / made, len(todo) - made)
     return ProposalStore(root)
+
+
+def _say_what_is_ahead(bar, root, each_size, count):
+    "How much disk the rest takes. Raises OSError where there is not so much."
+    ahead, free = count * each_size, shutil.disk_usage(root).free
+    bar.say(f"{bar.line()}; {file_size(ahead)} of disk to come, {file_size(free)} are free")
+    if ahead > free:
+        raise OSError(f"{root}: {count} more images need about {file_size(ahead)}, and {file_size(free)} are free: "
+                      "make room or choose another folder; what was made so far stays")
 
 # %% ../../nbs/43_proposals.ipynb #5a43c007
 def _is_there(dataset, root, manifest, index):
@@ -240,8 +235,7 @@ def _is_there(dataset, root, manifest, index):
         there = check_proposals(file, manifest["engine"], manifest["key"])["name"]
         if there == name: return True
         problem = f"{file} holds the proposals of {there!r}, image {index} is {name!r}"
-    except ValueError as error:
-        problem = str(error)
+    except ValueError as error: problem = error
     warnings.warn(f"{problem}: computing it again", stacklevel=4)
     return False
 
@@ -267,29 +261,6 @@ def _start(make, workers):
 
 def _work(index): return _job["make"](index)
 
-
-def _watch(results, count, share, workers, engine, root, progress):
-    "Wait for all results; after three images a worker say what the rest costs, and stop if the disk is too small."
-    size, begin = 0, 0.0
-    with Progress(share, f"proposals ({engine})", "image", share - count, "auto" if progress else "none") as bar:
-        for made, written in enumerate(results, 1):
-            size += written
-            bar.update()
-            if made == workers:  # the first of every worker loaded the model
-                begin = time.monotonic()
-            if made == 3 * workers < count:
-                rate, free = 2 * workers / max(time.monotonic() - begin, 1e-9), shutil.disk_usage(root).free
-                bar.say(f"proposals of {count} images ({share - count} of {share} are there) by {engine}: "
-                        f"{rate:.3g} images/s in {workers} process{'es' * (workers > 1)}, about "
-                        f"{duration((count - made) / rate)}, {file_size(size / made * count)} of disk "
-                        f"({file_size(free)} free)")
-                if (ahead := size / made * (count - made)) > free:
-                    results.close()
-                    message = (f"{root}: {count - made} more images need about {file_size(ahead)}, and "
-                               f"{file_size(free)} are free: make room or choose another folder; the {made} made so "
-                               "far stay")
-                    raise OSError(message)
-
 # %% ../../nbs/43_proposals.ipynb #106f41fd
 def main(
     arguments: list | None = None,  # of str; None: the command line's
@@ -297,33 +268,29 @@ def main(
     """`python -m reinpp.adaptation.proposals`: proposals of a dataset, or of a shard of it, into a folder.
 
     Ends with one line that says what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m reinpp.adaptation.proposals", description="Make the proposals of "
-        "a dataset. Run again to go on; give every machine its own --shard of the same folder.")
+    parser = argparse.ArgumentParser(prog="python -m reinpp.adaptation.proposals",
+        description="Proposals of a dataset. Run again to go on; give every machine its own --shard of one folder.")
     add = parser.add_argument
     add("--dataset", required=True, help="a name that open_dataset knows")
     add("--split", required=True, help="train, val, ...")
     add("--data-root", help="folder that holds the datasets (default: data/ of the checkout)")
     add("--no-labels", action="store_true", help="open it without labels, as the target of an adaptation")
-    add("--dataset-options", nargs="*", default=[], metavar="NAME=VALUE", type=_option,
-        help="further options of open_dataset, for example count=100")
+    pairs = dict(nargs="*", default=[], metavar="NAME=VALUE", type=_option)
+    add("--dataset-options", **pairs, help="further options of open_dataset, for example count=100")
     add("--engine", default="sam2", choices=list(ENGINES))
-    add("--options", nargs="*", default=[], metavar="NAME=VALUE", type=_option,
-        help="options of the engine, for example model=tiny points_per_side=16 halves=true")
-    add("--root", type=Path,
-        help="folder for the proposals (default: data/runs/proposals/<dataset>_<split>_<engine>_<reduction>)")
+    add("--options", **pairs, help="options of the engine, for example model=tiny points_per_side=16")
+    add("--root", type=Path, help="default: data/runs/proposals/<dataset>_<split>_<engine>_<reduction>")
     add("--reduction", type=int, default=4, help="pixels along the side of a cell (default 4; small images: 2)")
     add("--limit", type=int, default=400, help="most masks an image (default 400)")
-    add("--shard", default=(0, 1), metavar="K/N", type=_shard,
-        help="every N-th image from the K-th on, K = 0 .. N-1 (default 0/1)")
+    add("--shard", default=(0, 1), metavar="K/N", type=_shard, help="every N-th image from the K-th on (default 0/1)")
     add("--processes", type=int, default=1, help="workers on this machine (default 1)")
     a = parser.parse_args(arguments)
     name = f"{a.dataset}_{a.split.replace('/', '_')}_{a.engine}_{a.reduction}"
     root = a.root or data_folder() / "runs" / "proposals" / name
     try:
-        options = dict(a.dataset_options)
-        dataset = open_dataset(a.dataset, a.split, a.data_root, labels=not a.no_labels, **options)
-        return make_proposals(dataset, a.engine, root, a.reduction, a.limit, a.shard, True, a.processes,
-            **dict(a.options))
+        dataset = open_dataset(a.dataset, a.split, a.data_root, labels=not a.no_labels, **dict(a.dataset_options))
+        options = dict(a.options)
+        return make_proposals(dataset, a.engine, root, a.reduction, a.limit, a.shard, True, a.processes, **options)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise SystemExit(f"proposals: {error}") from None
     except KeyboardInterrupt:

@@ -20,25 +20,15 @@ from typing import Any, NamedTuple
 
 from .catalog import DATASETS, OnDisk
 from .datasets import POLICIES, Concat, Dataset, Files, read_image, read_label
-from reinpp.files import (
-    BadFile,
-    Member,
-    Progress,
-    check_choice,
-    data_folder,
-    each,
-    list_files,
-    read_bytes,
-    write_atomically,
-)
+from ..files import BadFile, Progress, check_choice, data_folder, each, list_files, read_bytes, write_atomically
 
 # %% ../../nbs/18_check.ipynb #13c4a9ea
 def _hash(data, size): return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
 def look(
-    image: Path | Member,
-    label: Path | Member | None = None,
+    image: Path,  # or a `Member` of an archive
+    label: Path | None = None,
     form=None,  # the label's `LabelForm`
     rotation: str = "refuse",  # as for `open_dataset`
 ) -> dict:
@@ -95,6 +85,9 @@ def _look_at(pairs, rotation, memory, workers, progress, title):
     return [(kept | fresh)[str(pair[0])] for pair in pairs]
 
 # %% ../../nbs/18_check.ipynb #42fb5891
+_SETS = {name: source for name, source in DATASETS.items() if isinstance(source, OnDisk)}
+
+
 class _Split(NamedTuple):
     "What is to be looked at."
     name: str
@@ -111,23 +104,19 @@ class _Split(NamedTuple):
 def _named(name, root) -> Iterator[_Split]:
     "The splits of `name` or `name:split` below a root."
     name, _, wanted = name.partition(":")
-    source = DATASETS.get(name)
-    if source is not None and not isinstance(source, OnDisk):
-        raise ValueError(f"check: {name} is not one published set; open what is to be checked, "
-                         f"check(open_dataset({name!r}, ...))")
-    check_choice("dataset", name, [known for known, source in DATASETS.items() if isinstance(source, OnDisk)])
+    check_choice("dataset", name, _SETS)
+    source = _SETS[name]
     try:
         folder = source.find(root)
         parts = source.parts(folder)
     except (OSError, ValueError) as error:
         yield _failed(name, wanted, error)
         return
-    if wanted and wanted not in parts:
-        raise ValueError(f"{name}: no split {wanted!r} in {folder}; there are {', '.join(parts) or 'none'}")
+    if wanted: check_choice(f"{name} in {folder}: split", wanted, parts)
     for split, part in parts.items():
         if split != wanted if wanted else len(part.images) > 1: continue  # joined splits are looked at one by one
         try:
-            pairs, problems = _pairs(source.listing(folder, part))
+            pairs, problems = _pairs(*source.listing(folder, part))
             yield _Split(name, split, pairs, problems, folder.absolute(), part.count, source.on_error)
         except (OSError, ValueError) as error:
             missing = isinstance(error, FileNotFoundError) and list_files(folder, part.images[0]) is None
@@ -140,27 +129,23 @@ def _failed(name, split, error):
     return _Split(name, split, problems=[[kind, "", str(error)]], status=status)
 
 
-def _pairs(listing):
+def _pairs(images, labels, doubled):
     "Pairs [(image, label, form)] of a listing, and its problems."
-    images, labels = listing.images, listing.labels
-    problems = [["twice", str(b), f"has the same stem as {a}"] for a, b in listing.doubled]
+    problems = [["twice", str(b), f"has the same stem as {a}"] for a, b in doubled]
     if labels is None: return [(path, None, None) for path in images.values()], problems
-    for key in sorted(images.keys() ^ labels.keys()):
-        if key in images:
-            problems.append(["no partner", str(images[key]), "an image without a label"])
-        else:
-            problems.append(["no partner", str(labels[key][0]), "a label without an image"])
+    alone = [(images[key], "an image without a label") for key in sorted(images.keys() - labels.keys())]
+    alone += [(labels[key][0], "a label without an image") for key in sorted(labels.keys() - images.keys())]
+    problems += [["no partner", str(path), what] for path, what in alone]
     return [(path, *labels.get(key, (None, None))) for key, path in images.items()], problems
 
 # %% ../../nbs/18_check.ipynb #6f1b9d02
-def _opened(dataset, root) -> Iterator[_Split]:
+def _opened(dataset) -> Iterator[_Split]:
     "The splits of an opened dataset."
-    reader, source, nothing = dataset.reader, DATASETS.get(dataset.name), [None] * len(dataset)
+    reader, nothing = dataset.reader, [None] * len(dataset)
     if isinstance(reader, Concat):
-        for part in reader.datasets:
-            yield from _opened(part, root)
+        for part in reader.datasets: yield from _opened(part)
     elif isinstance(reader, Files):
-        part = source.splits.get(dataset.split) if isinstance(source, OnDisk) else None
+        part = _SETS[dataset.name].splits.get(dataset.split) if dataset.name in _SETS else None
         pairs = list(zip(reader.image_paths, reader.label_paths or nothing, reader.forms or nothing))
         yield _Split(dataset.name, dataset.split, pairs, [], Path(reader.root or ".").absolute(), part and part.count,
                      dataset.on_error, reader.rotation)
@@ -194,11 +179,10 @@ def _sizes(name, found):
     "`2048x1024`, or the three most frequent sizes and how often each occurs."
     sizes = Counter(tuple(one["size"]) for one in found if one["size"]).most_common()
     shown = ", ".join(f"{w}x{h}" + f" ({n})" * (len(sizes) > 1) for (w, h), n in sizes[:3])
-    shown += f", {len(sizes) - 3} more" if len(sizes) > 3 else ""
-    published = getattr(DATASETS.get(name), "size", None)
-    if published and sizes and sizes[0][0] != published:
-        shown += " (published: {}x{})".format(*published)
-    return shown
+    shown += f", {len(sizes) - 3} more" * (len(sizes) > 3)
+    published = _SETS[name].size if name in _SETS else None
+    if not (published and sizes) or sizes[0][0] == published: return shown
+    return f"{shown} (published: {published[0]}x{published[1]})"
 
 # %% ../../nbs/18_check.ipynb #6f1b9d04
 class Report(NamedTuple):
@@ -223,7 +207,7 @@ def check(
     published: bool = True,  # compare the number of images with the published one (False: for a subset)
     workers: int | None = None,  # processes, see `each`
     progress: str = "auto",  # one of `PROGRESS`
-    cache: str | Path | None = "default",  # folder for what has been seen: "default" is `data/runs/check`, None is none
+    cache: str | Path | None = "default",  # folder for what has been seen, `data/runs/check`; None: see all anew
 ) -> Report:
     "What is wrong with the files of the sets. ValueError for unknown names."
     import pandas
@@ -231,7 +215,7 @@ def check(
     rows, problems = [], []
     for one in [what] if isinstance(what, (str, Dataset)) else what:
         first = {}
-        for split in (_opened if isinstance(one, Dataset) else _named)(one, root):
+        for split in _opened(one) if isinstance(one, Dataset) else _named(one, root):
             found = []
             if not split.status:
                 memory = cache and Path(cache) / f"{_hash(repr((str(split.folder), split.split)).encode(), 8)}.json"
@@ -246,26 +230,21 @@ def check(
 # %% ../../nbs/18_check.ipynb #1594fcfd
 def main(arguments: list[str] | None = None) -> int:
     "The exit status: 0 when all is well, 1 when something is wrong, 2 for wrong arguments."
-    parser = argparse.ArgumentParser(
-        prog="python -m reinpp.data.check",
-        description="Look at every file of datasets: numbers, pairs, sizes, label values, damage. Exit status 1 when "
-                    "something is wrong.")
+    about = "Look at every file of datasets: numbers, pairs, sizes, values, damage. Exit status 1: something is wrong."
+    parser = argparse.ArgumentParser("python -m reinpp.data.check", description=about)
     parser.add_argument("names", nargs="*", help="dataset, or dataset:split; default: all found under the data root")
     parser.add_argument("--data-root", help="folder that holds the datasets (default: data/ of the checkout)")
     parser.add_argument("--any-number", action="store_true", help="do not ask for the published number of images")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
-    parser.add_argument("--again", action="store_true", help="look at everything anew, whatever has been seen before")
-    parser.add_argument("--cache", default="default", help="folder for what has been seen (default: data/runs/check)")
+    parser.add_argument("--again", action="store_true", help="look at everything, whatever has been seen before")
     a = parser.parse_args(arguments)
     root = Path(a.data_root) if a.data_root else data_folder()
-    sets = [(name, source) for name, source in DATASETS.items() if isinstance(source, OnDisk)]
-    names = a.names or [name for name, source in sets if any((root / folder).is_dir() for folder in source.folders)]
+    names = a.names or [name for name, source in _SETS.items() if any((root / f).is_dir() for f in source.folders)]
     if not names:
-        print(f"no dataset in {root}: name its folder with --data-root (data/README.md says where each set can be had)",
-              file=sys.stderr)
+        print(f"no dataset in {root}: name its folder with --data-root (see data/README.md)", file=sys.stderr)
         return 1
     try:
-        report = check(names, root, not a.any_number, a.workers, cache=None if a.again else a.cache)
+        report = check(names, root, not a.any_number, a.workers, cache=None if a.again else "default")
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -15,7 +15,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +72,13 @@ class Dataset(torch.utils.data.Dataset):
         "Image `i`: uint8 (3, H, W), RGB."
         return self._read(i, "image", self._image)
 
+    def _image(self, i):
+        return tv_tensors.Image(torch.from_numpy(self.reader.image(i).copy()).permute(2, 0, 1).contiguous())
+
     def read_label(self, i: int) -> tv_tensors.Mask:
         "Label `i`: uint8 (H, W) trainIds, 255 = ignore. ValueError where the set has no labels or was opened without."
         if not self.labelled:
-            raise ValueError(f"{self.name}/{self.split} has no labels here: it was opened with labels=False, or its "
-                             "labels are not published, or it is a folder without masks")
+            raise ValueError(f"{self.name}/{self.split} has no labels: opened with labels=False, or not published")
         return tv_tensors.Mask(torch.from_numpy(self.reader.label(range(len(self))[i]).copy()))
 
     def instances(self, i: int) -> torch.Tensor:
@@ -83,11 +86,6 @@ class Dataset(torch.utils.data.Dataset):
         return torch.from_numpy(self.reader.instances(range(len(self))[i]).astype(np.int32))
 
 # %% ../../nbs/14_datasets.ipynb #1f0d7a08
-@patch
-def _image(self: Dataset, i):
-    return tv_tensors.Image(torch.from_numpy(self.reader.image(i).copy()).permute(2, 0, 1).contiguous())
-
-
 @patch
 def _item(self: Dataset, i):
     image, label, name = self._image(i), self.read_label(i) if self.labelled else None, self.reader.names[i]
@@ -151,11 +149,11 @@ class Scenes:
             self.kept[i] = scene.image, scene.label if self.labels else None
         return self.kept[i]
 
-    def image(self, i: int) -> np.ndarray: return self.pair(i)[0]
+    def image(self, i): return self.pair(i)[0]
 
-    def label(self, i: int) -> np.ndarray: return self.pair(i)[1]
+    def label(self, i): return self.pair(i)[1]
 
-    def instances(self, i: int) -> np.ndarray: return draw_scene(self.seeds[i], *self.how).instances
+    def instances(self, i): return draw_scene(self.seeds[i], *self.how).instances
 
 
 _drawn = lru_cache(maxsize=8)(Scenes)  # the same scenes, opened twice, are drawn once
@@ -186,9 +184,8 @@ def open_scenes(
 # %% ../../nbs/14_datasets.ipynb #99f14e18
 IMAGE_SUFFIXES, LABEL_SUFFIXES = (".png", ".jpg", ".jpeg"), (".png",)
 ROTATIONS = ("refuse", "apply", "ignore")
-# missing, truncated, not an image, no permission
 _FAULTS = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error, zipfile.BadZipFile,
-           Image.DecompressionBombError)
+           Image.DecompressionBombError)  # missing, truncated, not an image, no permission
 
 
 @contextmanager
@@ -199,8 +196,8 @@ def _reading(path) -> Iterator[None]:
     except BadFile:
         raise
     except _FAULTS as error:
-        raise BadFile(f"{path}: cannot be read as an image ({error}); replace or remove it, or change its "
-                      "permissions") from None
+        message = f"{path}: cannot be read as an image ({error}); replace or remove it, or change its permissions"
+        raise BadFile(message) from None
 
 
 def _decode(path, kind, modes, rotation="refuse"):
@@ -211,7 +208,7 @@ def _decode(path, kind, modes, rotation="refuse"):
         if rotation != "ignore" and file.getexif().get(0x0112, 1) in range(2, 9):
             if rotation == "refuse":
                 raise BadFile(f"{path}: its EXIF tag says that it is to be rotated; rotate its pixels and remove the "
-                              "tag, so that image and label agree, or choose (rotation='apply' or 'ignore')", "rotated")
+                              "tag, so that image and label agree, or choose rotation='apply' or 'ignore'", "rotated")
             file = ImageOps.exif_transpose(file)
         return np.asarray(file.convert("RGB") if kind == "image" else file)
 
@@ -249,8 +246,8 @@ def _decode_deep(path):
         if channels is None:
             raise ValueError("a damaged or truncated PNG, or none at all")
     if channels.dtype != np.uint16 or channels.shape[2:] != (3,):
-        raise BadFile(f"{path}: a label of this set has 16 bits and 3 channels, with the class in the first; this file "
-                      f"has {8 * channels.itemsize} bits and {channels[0, 0].size}. Is it from another folder?")
+        raise BadFile(f"{path}: this set's labels have 16 bits and 3 channels, this file has {8 * channels.itemsize} "
+                      f"bits and {channels[0, 0].size}; is it from another folder?")
     return channels[..., 2]
 
 
@@ -262,50 +259,35 @@ def read_label(path: Path | Member, form: LabelForm) -> np.ndarray:
     ids = _decode_deep(path) if form.deep else _decode(path, "label", ("L", "P"))
     small = np.minimum(ids, 255).astype(np.uint8) if form.deep else ids
     if not form.known.take(small).all() or small is not ids and ids.max() > 255:
-        value, known = ids[~form.known[small] | (ids > 255)][0], _ranges(np.flatnonzero(form.known))
+        value, known = ids[~form.known[small] | (ids > 255)][0], np.flatnonzero(form.known)
+        runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
+        known = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
         message = f"{path}: label value {value} is not in the map of ids (known: {known}); is this the right dataset?"
         raise BadFile(message, "unknown value")
     return form.table.take(small)
 
-
-def _ranges(values):
-    "`0-11, 255` for a sorted array of numbers."
-    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
 # %% ../../nbs/14_datasets.ipynb #1f0d7a19
+@dataclass(eq=False, repr=False)
 class Files:
     "Reader of image files and, unless `label_paths` is None, their label files."
+    image_paths: Sequence[Path | Member]
+    label_paths: Sequence[Path | Member] | None = None  # as many, or None: no labels
+    forms: list[LabelForm] | dict | None = None  # of the labels: one each, or {file id: trainId} for all
+    rotation: str = "refuse"  # one of `ROTATIONS`
+    root: Path | None = None  # the set's folder
 
-    def __init__(
-        self,
-        image_paths: Sequence[Path | Member],
-        label_paths: Sequence[Path | Member] | None = None,  # as many, or None: no labels
-        forms: list[LabelForm] | dict | None = None,  # of the labels: one each, or {file id: trainId} for all
-        keep: bool = False,  # keep decoded images and labels in memory
-        rotation: str = "refuse",  # one of `ROTATIONS`
-        root: Path | None = None,  # the set's folder
-    ):
-        check_choice("rotation", rotation, ROTATIONS)
-        self.image_paths, self.label_paths, self.rotation, self.root = list(image_paths), label_paths, rotation, root
-        self.forms = [LabelForm(forms)] * len(self.image_paths) if isinstance(forms, dict) else forms
-        self.kept = {} if keep else None
+    def __post_init__(self):
+        check_choice("rotation", self.rotation, ROTATIONS)
+        self.image_paths = list(self.image_paths)
         self.names = [p.stem for p in self.image_paths]
+        if isinstance(self.forms, dict): self.forms = [LabelForm(self.forms)] * len(self.names)
 
-    def once(self, key: tuple, read: Callable, *args) -> np.ndarray:
-        if self.kept is None: return read(*args)
-        if key not in self.kept: self.kept[key] = read(*args)
-        return self.kept[key]
+    def image(self, i): return read_image(self.image_paths[i], self.rotation)
 
-    def image(self, i: int) -> np.ndarray:
-        return self.once(("image", i), read_image, self.image_paths[i], self.rotation)
+    def label(self, i): return read_label(self.label_paths[i], self.forms[i])
 
-    def label(self, i: int) -> np.ndarray:
-        return self.once(("label", i), read_label, self.label_paths[i], self.forms[i])
-
-    def instances(self, i: int) -> np.ndarray:
-        raise ValueError(f"{self.image_paths[i]}: only the embedded scenes know their instances; make proposals from "
-                         "the image instead")
+    def instances(self, i):
+        raise ValueError(f"{self.image_paths[i]}: only embedded scenes know their instances; make proposals instead")
 
 # %% ../../nbs/14_datasets.ipynb #56906908
 class Concat:
@@ -320,11 +302,9 @@ class Concat:
         k = bisect.bisect_right(self.ends, i)
         return getattr(self.datasets[k].reader, what)(i - (self.ends[k - 1] if k else 0))
 
-    def image(self, i: int) -> np.ndarray: return self.ask("image", i)
-
-    def label(self, i: int) -> np.ndarray: return self.ask("label", i)
-
-    def instances(self, i: int) -> np.ndarray: return self.ask("instances", i)
+    image = partialmethod(ask, "image")
+    label = partialmethod(ask, "label")
+    instances = partialmethod(ask, "instances")
 
 
 def concat(
@@ -337,12 +317,7 @@ def concat(
     for ds in datasets:
         if ds.classes != datasets[0].classes:
             raise ValueError(f"concat: {ds.name} and {datasets[0].name} have different classes")
-    return Dataset(
-        "+".join(ds.name for ds in datasets),
-        "+".join(ds.split for ds in datasets),
-        Concat(datasets),
-        sorted(set().union(*(ds.evaluated for ds in datasets))),
-        all(ds.labelled for ds in datasets),
-        datasets[0].classes,
-        max((ds.on_error for ds in datasets), key=list(POLICIES).index),
-    )
+    name, split = ("+".join(words) for words in zip(*((ds.name, ds.split) for ds in datasets)))
+    evaluated, labels = set().union(*(ds.evaluated for ds in datasets)), all(ds.labelled for ds in datasets)
+    on_error = max((ds.on_error for ds in datasets), key=list(POLICIES).index)
+    return Dataset(name, split, Concat(datasets), sorted(evaluated), labels, datasets[0].classes, on_error)

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from .datasets import POLICIES, Concat, Dataset, Files
+from .datasets import POLICIES, Concat, Dataset, Files, Scenes
 from ..files import BadFile, Member, Progress, each, write_together
 from ..labels import IGNORE
 
@@ -47,8 +47,7 @@ def class_pixels(
     progress: str = "auto",  # one of `PROGRESS`
 ) -> torch.Tensor:
     "How many pixels of each class each image has: int64 (len, K)."
-    if getattr(dataset.reader, "kept", None) is not None:
-        workers = 0  # what is kept in memory is kept by the process that reads it
+    if isinstance(dataset.reader, Scenes): workers = 0  # what is drawn is kept by the process that draws it
     counts = []
     with Progress(len(dataset), f"{dataset.name}/{dataset.split}: counting classes", "file", show=progress) as bar:
         for row in each(partial(_pixels, dataset), range(len(dataset)), workers):
@@ -134,23 +133,22 @@ def class_statistics(
     if (Path(folder) / STATISTICS[0]).exists(): return _read_statistics(dataset, folder)
     above = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
     if not os.access(above, os.W_OK):
-        raise PermissionError(f"{dataset.name}/{dataset.split}: class statistics cannot be written into {folder}; name "
-                              "a folder for them (statistics=...)")
+        raise PermissionError(f"{dataset.name}/{dataset.split}: class statistics cannot be written into {folder}; "
+                              "name a folder for them (statistics=...)")
     counts = class_pixels(dataset, workers, progress)
     _write_statistics(dataset, counts, folder)
     return counts
 
 # %% ../../nbs/16_sampling.ipynb #9e97b510
 @lru_cache(maxsize=8)
-def _permutation(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+def _permutation(n, seed): return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Sampler:
     """Which image is sample number `key`; with `rcs`, a class is drawn first and then an image that has enough of it.
 
-    A class that no image has enough of is left out (`missing` lists those; their share goes to the others in
-    proportion). ValueError where no class is left."""
+    A class that no image has enough of is left out, and its share goes to the others in proportion. ValueError where
+    no class is left."""
 
     def __init__(
         self,
@@ -159,18 +157,15 @@ class Sampler:
         min_pixels: int = 3000,  # pixels of the class that an image must exceed; 3000 is for images of about 2 MP
         counts: torch.Tensor | None = None,  # (len, K) from `class_pixels`; None: `class_statistics`
     ):
-        self.length, self.probabilities, self.missing = len(dataset), None, ()
+        self.length, self.probabilities = len(dataset), None
         if not rcs: return
-        counts = class_statistics(dataset) if counts is None else counts
-        name = f"{dataset.name}/{dataset.split}"
+        counts, name = class_statistics(dataset) if counts is None else counts, f"{dataset.name}/{dataset.split}"
         if len(counts) != len(dataset):
             raise ValueError(f"class counts are for {len(counts)} images and {name} has {len(dataset)}; count again")
         self.images = [torch.nonzero(enough).flatten().tolist() for enough in (counts > min_pixels).T]
         has_image, frequencies = torch.tensor([len(i) > 0 for i in self.images]), class_frequencies(counts)
         if not has_image.any():
-            raise ValueError(f"rare class sampling on {name}: no image has more than {min_pixels} pixels of any class; "
-                             "lower min_pixels")
-        self.missing = tuple(torch.nonzero((frequencies > 0) & ~has_image).flatten().tolist())
+            raise ValueError(f"{name}: no image has more than {min_pixels} pixels of any class; lower min_pixels")
         self.probabilities = rare_class_probabilities(frequencies * has_image)
         self.cumulative = self.probabilities.cumsum(0).tolist()
 

@@ -15,6 +15,9 @@ from fastcore.basics import patch
 
 from ..labels import CLASSES
 
+Colour = tuple[int, int, int]
+TYRE = (26, 26, 28)
+
 # %% ../../nbs/10_scene_canvas.ipynb #29f4df5c
 class Camera(NamedTuple):
     "The perspective rule; x to the right, y up, z ahead, in metres."
@@ -35,9 +38,6 @@ class Camera(NamedTuple):
         return np.where(v > 0.3, self.focal * self.height / np.maximum(v, 0.3), 200.0).clip(0, 200)
 
 # %% ../../nbs/10_scene_canvas.ipynb #5a1c0d12
-Colour = tuple[int, int, int]
-
-
 class Draws:
     "An endless row of random numbers that belongs to one scene."
 
@@ -125,6 +125,12 @@ class Canvas:
         "A lit area on a thing, seen only where the thing itself is seen."
         if self.dark: self.lights.append((thing, self.points(corners), colour))
 
+    def stand(self, name: str, x: float, z: float, thing: int = 0, shadow: tuple | None = None) -> "Stand":
+        "The sheet of a new thing of a class at (x, z), or of one that is there; its shadow: from, to, half width."
+        if shadow: self.shadow(x, z + shadow[0], z + shadow[1], shadow[2])
+        u, v = self.camera.at(x, 0.0, z)
+        return Stand(self, thing or self.thing(name, z), u, v, self.camera.focal / z)
+
 # %% ../../nbs/10_scene_canvas.ipynb #5a1c0d15
 class Stand(NamedTuple):
     "A sheet that faces the camera: metres right of and above its foot."
@@ -170,17 +176,20 @@ class Stand(NamedTuple):
         self.canvas.light(self.thing, ((u - s, v - s), (u + s, v - s), (u + s, v + s), (u - s, v + s)), colour)
         if halo and self.canvas.dark: self.canvas.lamps.append((u, v, halo * self.scale, colour))
 
+    def tyres(self, half: float, wide: float, high: float) -> None:
+        "The wheels below a face that is 2 * half metres wide."
+        self.box(-half, 0, -half + wide, high, TYRE)
+        self.box(half - wide, 0, half, high, TYRE)
 
-@patch
-def stand(self: Canvas, name: str, x: float, z: float, thing: int | None = None) -> Stand:
-    "The sheet of a new thing of a class at (x, z), or of one that is there already."
-    u, v = self.camera.at(x, 0.0, z)
-    return Stand(self, thing or self.thing(name, z), u, v, self.camera.focal / z)
+    def headlights(self, half: float, y: float, oncoming: bool) -> None:
+        "Head or tail lights at both ends of a face."
+        tail, head = ((170, 26, 30), (255, 40, 40), 0.7), ((240, 240, 226), (255, 250, 224), 1.6)
+        paint, light, halo = head if oncoming else tail
+        for x in (-half, half):
+            self.box(x - 0.14, y - 0.1, x + 0.14, y + 0.1, paint, True)
+            self.glow(x, y, 0.15, light, halo)
 
 # %% ../../nbs/10_scene_canvas.ipynb #5a1c0d18
-TYRE = (26, 26, 28)
-
-
 @patch
 def panes(self: Canvas, x: float, z, y, wide: float, tall: float) -> list[np.ndarray]:
     "Pixel corners of upright rectangles along the street, one for each foot (z, y)."
@@ -208,21 +217,6 @@ def wheels(self: Canvas, x: float, radius: float, *depths: float) -> None:
         axes = max(1, round(abs(ua - ub) / 2)), max(1, round(radius * self.camera.focal / z))
         self.cv2.ellipse(self.image, (round(u), round(v)), axes, 0, 0, 360, TYRE, -1)
 
-
-@patch
-def tyres(self: Stand, half: float, wide: float, high: float) -> None:
-    "The wheels below a face that is 2 * half metres wide."
-    self.box(-half, 0, -half + wide, high, TYRE)
-    self.box(half - wide, 0, half, high, TYRE)
-
-
-@patch
-def headlights(self: Stand, half: float, y: float, oncoming: bool) -> None:
-    "Head or tail lights at both ends of a face."
-    paint, light, halo = ((240, 240, 226), (255, 250, 224), 1.6) if oncoming else ((170, 26, 30), (255, 40, 40), 0.7)
-    for x in (-half, half):
-        self.box(x - 0.14, y - 0.1, x + 0.14, y + 0.1, paint, True)
-        self.glow(x, y, 0.15, light, halo)
 
 # %% ../../nbs/10_scene_canvas.ipynb #7c3239ce
 def sheet(*rows: Sequence[np.ndarray]):

@@ -11,13 +11,19 @@ import numpy as np
 
 from .scene_canvas import TYRE, Canvas, Draws, shade
 
-# %% ../../nbs/11_scene_things.ipynb #1f921be5
+# %% ../../nbs/11_scene_things.ipynb #5a1c0d3a
 _FACADES = ((214, 196, 160), (178, 104, 82), (160, 160, 164), (206, 168, 104), (196, 150, 140), (150, 166, 180),
             (226, 220, 206), (134, 92, 74), (186, 182, 150))
 _ROOFS = ((142, 70, 54), (96, 62, 52), (84, 86, 94), (120, 84, 60))
-_WARM = (255, 214, 130)
+_LEAVES = ((58, 104, 40), (76, 120, 48), (46, 88, 44), (92, 124, 46), (64, 98, 30))
+_PAINTS = ((186, 30, 34), (28, 60, 140), (232, 232, 234), (36, 38, 42), (150, 154, 160), (90, 96, 104), (40, 96, 70),
+           (214, 166, 50), (96, 40, 46), (120, 150, 180))
+_CLOTHES = ((180, 50, 50), (40, 70, 140), (230, 226, 220), (50, 52, 60), (210, 160, 60), (70, 120, 80), (150, 80, 140),
+            (220, 120, 60), (110, 170, 200))
+_SKIN = ((232, 190, 160), (200, 150, 116), (140, 96, 70), (98, 66, 50))
+_WARM, _GLASS = (255, 214, 130), (52, 62, 74)  # a lit window, a dark one
 
-
+# %% ../../nbs/11_scene_things.ipynb #1f921be5
 def house(c: Canvas, r: Draws, x: float, z0: float, z1: float, height: float) -> None:
     "A house at x (negative: left of the street) from z0 to z1, its side facing the street."
     side, away = (1 if x > 0 else -1), (x + 14 if x > 0 else x - 14)
@@ -61,9 +67,6 @@ def _windows(c, r, thing, x, z0, z1, height, side):
             c.fill(0, pane, shade(glass, 0.9))
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d25
-_LEAVES = ((58, 104, 40), (76, 120, 48), (46, 88, 44), (92, 124, 46), (64, 98, 30))
-
-
 def wall(c: Canvas, r: Draws, x: float, z0: float, z1: float) -> None:
     "A free-standing wall with courses and a coping."
     thing, height = c.thing("wall", z0), r(1.4, 2.6)
@@ -135,49 +138,37 @@ def traffic_light(c: Canvas, r: Draws, x: float, z: float) -> None:
     s.glow(0, top + 0.2 + 0.4 * on, 0.17, lit[on], halo=0.9)
 
 
+_SIGNS = (  # plate and marks of each kind: half width, from and to up from the middle, in half sizes
+    (("disc", 1, -1, 1, "red"), ("disc", .68, -.68, .68, "white"), ("box", .3, -.3, .3, "black")),
+    (("disc", 1, -1, 1, "blue"), ("poly", .3, -.4, .6, "white")),
+    (("poly", 1.1, -1, 1, "red"), ("poly", .66, -.72, .5, "white")),
+    (("box", 1, -1, 1, "blue"), ("box", .5, -.6, .5, "white")),
+    (("box", 1.5, -.6, .8, "yellow"), ("box", 1.1, 0, .2, "grey")))
+
+
 def sign(c: Canvas, r: Draws, x: float, z: float) -> None:
     "A round, triangular or square sign on a pole."
     pole = c.stand("pole", x, z)
     y, kind = r(2.2, 3.0), r.count(0, 4)
     pole.box(-0.06, 0, 0.06, y, r.near((150, 152, 154), 10))
     s, half = c.stand("traffic sign", x, z), r(0.42, 0.58)
-    red, blue, white = r.near((200, 34, 36), 12), r.near((30, 80, 180), 12), (236, 236, 236)
-    if kind == 0:
-        s.disc(0, y, half, half, red)
-        s.disc(0, y, half * 0.68, half * 0.68, white, True)
-        s.box(-half * 0.3, y - half * 0.3, half * 0.3, y + half * 0.3, (30, 30, 30), True)
-    elif kind == 1:
-        s.disc(0, y, half, half, blue)
-        s.poly(((-half * .3, y - half * .4), (half * .3, y - half * .4), (0, y + half * .6)), white, True)
-    elif kind == 2:
-        s.poly(((-half * 1.1, y - half), (half * 1.1, y - half), (0, y + half)), red)
-        s.poly(((-half * .66, y - half * .72), (half * .66, y - half * .72), (0, y + half * .5)), white, True)
-    elif kind == 3:
-        s.box(-half, y - half, half, y + half, blue)
-        s.box(-half * .5, y - half * .6, half * .5, y + half * .5, white, True)
-    else:
-        s.box(-half * 1.5, y - half * .6, half * 1.5, y + half * .8, r.near((240, 200, 30), 10))
-        s.box(-half * 1.1, y, half * 1.1, y + half * .2, (40, 40, 40), True)
+    colours = {"red": r.near((200, 34, 36), 12), "blue": r.near((30, 80, 180), 12), "white": (236, 236, 236),
+               "yellow": r.near((240, 200, 30), 10) if kind == 4 else None, "black": (30, 30, 30), "grey": (40, 40, 40)}
+    for i, (shape, across, low, high, colour) in enumerate(_SIGNS[kind]):
+        a, v0, v1, paint = half * across, y + half * low, y + half * high, colours[colour]
+        if shape == "disc": s.disc(0, y, a, a, paint, i > 0)
+        if shape == "box": s.box(-a, v0, a, v1, paint, i > 0)
+        if shape == "poly": s.poly(((-a, v0), (a, v0), (0, v1)), paint, i > 0)
     s.glow(0, y, half * 0.35, (120, 120, 110))
 
 # %% ../../nbs/11_scene_things.ipynb #fb73abfa
-_PAINTS = ((186, 30, 34), (28, 60, 140), (232, 232, 234), (36, 38, 42), (150, 154, 160), (90, 96, 104), (40, 96, 70),
-           (214, 166, 50), (96, 40, 46), (120, 150, 180))
-_GLASS = (52, 62, 74)
-
-
-def _flank(x, half):
-    "x of the flank that the camera sees, or None when the vehicle is straight ahead."
-    return None if abs(x) < half else x - half * (1 if x > 0 else -1)
-
-
 def car(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> None:
     "A car along the street, about 1.8 m wide."
     half, long, colour = r(0.85, 0.95), r(3.6, 4.4), r.near(r.pick(_PAINTS), 16)
     belt, roof = r(0.85, 1.0), r(1.38, 1.75)
-    c.shadow(x, z - 0.3, z + 1.0, half * 1.15)
-    s, xs, at = c.stand("car", x, z), _flank(x, half), c.camera.at
-    if xs is not None:
+    s, at = c.stand("car", x, z, shadow=(-0.3, 1.0, half * 1.15)), c.camera.at
+    xs = x - (half if x > 0 else -half)  # the flank that the camera sees, unless the car is straight ahead
+    if abs(x) >= half:
         dark = shade(colour, 0.72)
         c.quad(s.thing, xs, z, z + long, 0.25, belt, dark)
         xi = xs + (0.12 if x > 0 else -0.12)
@@ -203,10 +194,9 @@ def truck(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
     half, long, tall = 1.25, r(6.5, 9.0), r(3.1, 3.8)
     cargo = r.near(r.pick(((222, 222, 218), (176, 182, 188), (90, 112, 150), (196, 172, 130), (126, 146, 120))), 12)
     cab = r.near(r.pick(((200, 60, 40), (40, 80, 160), (236, 200, 60), (60, 130, 90), (230, 230, 230))), 12)
-    c.shadow(x, z - 0.3, z + 1.0, half * 1.1)
-    s, xs = c.stand("truck", x, z), _flank(x, half)
+    s, xs = c.stand("truck", x, z, shadow=(-0.3, 1.0, half * 1.1)), x - (half if x > 0 else -half)
     start, stop = (z + 2.2, z + long) if oncoming else (z, z + long - 2.2)  # of the box
-    if xs is not None:
+    if abs(x) >= half:
         c.quad(s.thing, xs, start, stop, 0.2, 1.0, (44, 44, 48))
         c.quad(s.thing, xs, start, stop, 0.95, tall, shade(cargo, 0.8))
         for zz in np.linspace(start, stop, 5)[1:-1]:
@@ -225,8 +215,7 @@ def truck(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
         s.box(-half, 0.55, half, tall, cargo)
         s.box(-0.05, 0.8, 0.05, tall - .1, shade(cargo, 0.55), True)
         s.box(-half, tall - .14, half, tall, shade(cargo, 0.6), True)
-        s.box(-half * .55, 0.95, -half * .45, tall - .2, shade(cargo, 0.7), True)
-        s.box(half * .45, 0.95, half * .55, tall - .2, shade(cargo, 0.7), True)
+        for a, b in ((-.55, -.45), (.45, .55)): s.box(half * a, 0.95, half * b, tall - .2, shade(cargo, 0.7), True)
         s.box(-half, 0.45, half, 0.75, (60, 58, 56), True)
     s.headlights(half - 0.22, 0.62, oncoming)
 
@@ -235,9 +224,8 @@ def bus(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> None
     "A bus: one strong colour, tall windows all around, a lit number on top."
     half, long, tall = 1.27, r(9.0, 12.0), r(2.95, 3.2)
     colour = r.near(r.pick(((222, 60, 40), (240, 180, 30), (240, 130, 30), (200, 30, 60), (120, 190, 60))), 14)
-    c.shadow(x, z - 0.3, z + 1.0, half * 1.1)
-    s, xs = c.stand("bus", x, z), _flank(x, half)
-    if xs is not None:
+    s, xs = c.stand("bus", x, z, shadow=(-0.3, 1.0, half * 1.1)), x - (half if x > 0 else -half)
+    if abs(x) >= half:
         c.quad(s.thing, xs, z, z + long, 0.15, tall, shade(colour, 0.8))
         c.quad(0, xs, z + .3, z + long - .3, 1.2, tall - 0.55, _GLASS)
         for zz in np.linspace(z, z + long, 7)[1:-1]:
@@ -259,8 +247,8 @@ def train(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
     half, long, tall = 1.3, r(16.0, 26.0), 3.4
     low = r.near(r.pick(((40, 110, 90), (60, 70, 130), (130, 30, 46), (40, 120, 150))), 12)
     high = r.near((226, 220, 200), 10)
-    s, xs = c.stand("train", x, z), _flank(x, half)
-    if xs is not None:
+    s, xs = c.stand("train", x, z), x - (half if x > 0 else -half)
+    if abs(x) >= half:
         c.quad(s.thing, xs, z, z + long, 0.1, 1.2, shade(low, 0.85))
         c.quad(s.thing, xs, z, z + long, 1.2, tall, shade(high, 0.85))
         windows = c.panes(xs, np.arange(z + 1.2, z + long - 1.5, 2.1), 1.45, 1.5, 1.15)
@@ -281,8 +269,7 @@ def train(c: Canvas, r: Draws, x: float, z: float, oncoming: bool = False) -> No
 def crossing_car(c: Canvas, r: Draws, x: float, z: float) -> None:
     "A car that we see from the side."
     colour, flip, long = r.near(r.pick(_PAINTS), 16), r.pick((-1, 1)), r(3.9, 4.6)
-    c.shadow(x, z - 0.3, z + 1.5, long / 2)
-    s, h = c.stand("car", x, z), long / 2
+    s, h = c.stand("car", x, z, shadow=(-0.3, 1.5, long / 2)), long / 2
     body = (-1, .28), (1, .28), (1, .7), (.62, .86), (.3, 1.42), (-.5, 1.45), (-.82, .92), (-1, .86)
     front = (.5, .9), (.26, 1.34), (-.06, 1.36), (-.06, .9)
     back = (-.14, .9), (-.14, 1.36), (-.46, 1.36), (-.68, .92)
@@ -297,9 +284,8 @@ def crossing_car(c: Canvas, r: Draws, x: float, z: float) -> None:
 
 def crossing_box(c: Canvas, r: Draws, x: float, z: float, name: str) -> None:
     "A bus, truck or tram that we see from the side."
-    h, flip = {"truck": 3.6, "bus": 5.0, "train": 9.0}[name], r.pick((-1, 1))
-    c.shadow(x, z - 0.3, z + 2.0, h)
-    s = c.stand(name, x, z)
+    h, wheels = {"truck": (3.6, (-.75, -.5, .75)), "bus": (5.0, (-.6, .6)), "train": (9.0, ())}[name]
+    s, flip = c.stand(name, x, z, shadow=(-0.3, 2.0, h)), r.pick((-1, 1))
     if name == "truck":
         cargo = r.near((214, 212, 206), 20)
         cab = r.near(r.pick(((200, 60, 40), (40, 80, 160), (236, 200, 60), (60, 130, 90))), 12)
@@ -310,14 +296,12 @@ def crossing_box(c: Canvas, r: Draws, x: float, z: float, name: str) -> None:
         lo, hi = sorted((flip * (h - 2.0), flip * h))
         s.box(lo, 0.4, hi, 2.7, cab)
         s.box(lo + .4, 1.6, hi - .4, 2.4, _GLASS, True)
-        wheels = (-.75, -.5, .75)
     elif name == "bus":
         colour = r.near(r.pick(((222, 60, 40), (240, 180, 30), (240, 130, 30), (120, 190, 60))), 14)
         s.box(-h, 0.2, h, 3.0, colour)
         for a in np.linspace(-h, h, 7)[:-1]:
             s.box(a + .2, 1.2, a + h / 3 - .1, 2.5, _GLASS, True)
             s.glow(a + .8, 1.85, 0.5, (190, 180, 140))
-        wheels = (-.6, .6)
     else:
         low, high = r.near(r.pick(((40, 110, 90), (60, 70, 130), (130, 30, 46))), 12), r.near((226, 220, 200), 10)
         s.poly(((-h, .1), (h, .1), (h, 2.4), (h - .8, 3.4), (-h + .8, 3.4), (-h, 2.4)), high)
@@ -326,25 +310,18 @@ def crossing_box(c: Canvas, r: Draws, x: float, z: float, name: str) -> None:
         for a in np.arange(-h + .7, h - 1.4, 2.1):
             s.box(a, 1.5, a + 1.5, 2.6, _GLASS, True)
             s.glow(a + .75, 2.05, 0.5, (230, 214, 160))
-        wheels = ()
     for a in wheels: s.disc(a * h, 0.5, 0.5, 0.5, TYRE)
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d34
-_CLOTHES = ((180, 50, 50), (40, 70, 140), (230, 226, 220), (50, 52, 60), (210, 160, 60), (70, 120, 80), (150, 80, 140),
-            (220, 120, 60), (110, 170, 200))
-_SKIN = ((232, 190, 160), (200, 150, 116), (140, 96, 70), (98, 66, 50))
-
-
 def _body(s, r, lean=0.0, seat=None, helmet=None):
     "Head, trunk, arms and legs; seated on a saddle at `seat` metres, or walking."
     shirt = r.near(r.pick(_CLOTHES), 16)
     trousers, skin = r.near(r.pick(((46, 52, 80), (40, 40, 44), (110, 96, 76), (80, 84, 92))), 10), r.pick(_SKIN)
+    hip, neck = (0.86, 1.46) if seat is None else (seat, seat + 0.58)
     if seat is None:
-        step, hip, neck = r(0.05, 0.3), 0.86, 1.46
+        step = r(0.05, 0.3)
         s.line(-0.02, hip, -step, 0.06, 0.19, trousers)
         s.line(0.02, hip, step, 0.06, 0.19, shade(trousers, 0.85))
-    else:
-        hip, neck = seat, seat + 0.58
     width = r(0.19, 0.25)
     s.poly(((-width * .8, hip - .08), (width * .8, hip - .08), (width + lean, neck), (-width + lean, neck)), shirt)
     if seat is None:
@@ -359,8 +336,8 @@ def _body(s, r, lean=0.0, seat=None, helmet=None):
 
 def person(c: Canvas, r: Draws, x: float, z: float) -> None:
     "Somebody on foot."
-    c.shadow(x, z - 0.1, z + 0.2, 0.35)
-    _body(c.stand("person", x, z)._replace(scale=c.camera.focal / z * r(0.92, 1.08)), r)
+    s = c.stand("person", x, z, shadow=(-0.1, 0.2, 0.35))
+    _body(s._replace(scale=s.scale * r(0.92, 1.08)), r)
 
 # %% ../../nbs/11_scene_things.ipynb #5a1c0d35
 def _bike(s, motor, colour, flip, across):
@@ -399,8 +376,7 @@ def two_wheeler(c: Canvas, r: Draws, x: float, z: float, name: str, ridden: bool
     motor = name == "motorcycle"
     colour = r.near(r.pick(((200, 40, 40), (40, 90, 180), (40, 40, 44), (230, 170, 40), (60, 150, 90))), 12)
     flip = r.pick((-1, 1))
-    c.shadow(x, z - 0.15, z + 0.25, 0.8 if across else 0.3)
-    s = c.stand(name, x, z)
+    s = c.stand(name, x, z, shadow=(-0.15, 0.25, 0.8 if across else 0.3))
     rider = c.stand("rider", x, z) if ridden else None
     helmet = r.near(r.pick(((220, 60, 50), (240, 240, 236), (50, 90, 170), (40, 40, 44), (240, 200, 40))), 10)
     seat = 0.85 if motor else 0.98

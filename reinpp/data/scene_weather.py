@@ -11,10 +11,12 @@ import numpy as np
 from .scene_canvas import Canvas, Draws, shade
 from ..labels import CLASSES
 
-# %% ../../nbs/12_scene_weather.ipynb #0413d2e3
+_ROAD, _SKY, _GREEN = (CLASSES.index(n) for n in ("road", "sky", "vegetation"))
 _GROUND = np.isin(np.arange(256), [CLASSES.index(n) for n in ("road", "sidewalk", "terrain")])
+_CARRIES_SNOW = np.isin(np.arange(256), [CLASSES.index(n) for n in (
+    "building", "wall", "fence", "vegetation", "car", "truck", "bus", "train", "traffic sign", "traffic light")])
 
-
+# %% ../../nbs/12_scene_weather.ipynb #0413d2e3
 class Look:
     "A drawn street about to be photographed: the picture with its labels and depth, and random numbers for the look."
 
@@ -80,9 +82,6 @@ def texture(look: Look, share: int) -> None:
         + ((look.clouds(24).astype(np.int16) - 128) * blots >> 7))
 
 # %% ../../nbs/12_scene_weather.ipynb #5a1c0d47
-_ROAD, _SKY, _GREEN = (CLASSES.index(n) for n in ("road", "sky", "vegetation"))
-
-
 def _night(look, strength):
     "Dark and blue; lamps, windows, headlights, and noise."
     c, r, cv2 = look.canvas, look.r, look.cv2
@@ -143,10 +142,6 @@ def _rain(look, strength):
     look.blend(streaks, (206, 212, 220))
 
 # %% ../../nbs/12_scene_weather.ipynb #5a1c0d4a
-_CARRIES_SNOW = np.isin(np.arange(256), [CLASSES.index(n) for n in (
-    "building", "wall", "fence", "vegetation", "car", "truck", "bus", "train", "traffic sign", "traffic light")])
-
-
 def _snow(look, strength):
     "White ground, white tops, flakes, a pale sky."
     r, cv2, (h, w) = look.r, look.cv2, look.label.shape
@@ -155,10 +150,9 @@ def _snow(look, strength):
     look.blend((look.label == _SKY) * np.uint16(230 * strength), (tone, tone + 2, tone + 5))
     look.saturate(int(256 - 70 * strength))
     blots = look.clouds(14).astype(np.int16) + (look.grain >> 2)
-    cover = np.where(np.take(_GROUND, look.label), np.minimum(np.maximum(blots + int(r(90, 150)), 120), 250),
-        np.int16(0))
-    cover = np.where(look.label == _ROAD, np.minimum(np.maximum(blots - int(r(-20, 60)), 30), 220), cover)
-    cover = np.where(look.label == _GREEN, np.minimum(np.maximum((blots - 120) * 2, 0), 190), cover)
+    cover = np.where(np.take(_GROUND, look.label), (blots + int(r(90, 150))).clip(120, 250), np.int16(0))
+    cover = np.where(look.label == _ROAD, (blots - int(r(-20, 60))).clip(30, 220), cover)
+    cover = np.where(look.label == _GREEN, ((blots - 120) * 2).clip(0, 190), cover)
     carries = np.take(_CARRIES_SNOW, look.label)
     for k in range(1, max(2, h // 32)):  # whatever has something farther right above it carries snow
         top = carries[k:] & (ids[k:] != ids[:-k]) & (depth[k:] < depth[:-k])
@@ -180,9 +174,7 @@ WEATHER = {"night": _night, "fog": _fog, "rain": _rain, "snow": _snow}
 def photograph(look: Look, style: str) -> None:
     "The last step: how the picture was made."
     r, cv2 = look.r, look.cv2
-    if style == "game":
-        look.saturate(320)
-        return
+    if style == "game": return look.saturate(320)
     look.saturate(int(r(170, 220)))
     look.image = cv2.GaussianBlur(look.image, (3, 3), 0)
     curve = 255 * (np.arange(256) / 255) ** r(0.85, 1.2)

@@ -57,11 +57,7 @@ def resize_label(label: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 # %% ../../nbs/17_transforms.ipynb #80ed3ab9
 def _uniform(low, high): return torch.empty(()).uniform_(low, high).item()
-
-
 def _coin(p=.5): return torch.rand(()).item() < p
-
-
 def _randint(n): return int(torch.randint(n, ()))
 
 
@@ -109,8 +105,7 @@ class TrainTransform:
     tries: int = 10  # for either condition
     fill: tuple = (.485, .456, .406)  # colour of the padding: the mean of the normalisation
 
-    def __post_init__(self):
-        self.fill = torch.tensor(self.fill).view(3, 1, 1)
+    def __post_init__(self): self.fill = torch.tensor(self.fill).view(3, 1, 1)
 
     def place(self, size: tuple[int, int], label=None, wanted_class: int | None = None) -> Geometry:
         "Where to crop an image resized to `size`; `label` is the resized label."

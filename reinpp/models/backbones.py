@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'INTERNVIT', 'SAM', 'BACKBONES', 'HOLDS', 'WholeWidthNorm', 'internvit_6b',
-           'convert_internvit', 'BackboneSpec', 'official_resize', 'hold_in', 'held_bytes', 'create_backbone', 'freeze',
-           'patch_size_of', 'other_spec', 'load_weights', 'feature_layers', 'extract_features']
+           'convert_internvit', 'BackboneSpec', 'official_resize', 'hold_in', 'create_backbone', 'patch_size_of',
+           'other_spec', 'load_weights', 'feature_layers', 'extract_features']
 
 # %% ../../nbs/20_backbones.ipynb #f29927cb
 import sys
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import timm
@@ -52,10 +53,8 @@ def internvit_6b(**options) -> VisionTransformer:
     return model
 
 
-def convert_internvit(
-    state_dict: dict,  # published keys: `embeddings.*`, `encoder.layers.N.*`, or a whole InternVL's `vision_model.*`
-) -> dict:
-    "The same tensors under timm's keys. Keys it does not know keep their name, so that loading refuses them."
+def convert_internvit(state_dict: dict) -> dict:
+    "Tensors of InternViT or a whole InternVL under timm's keys; unknown ones keep their name, so that loading refuses."
     inside = {k.removeprefix("vision_model."): v for k, v in state_dict.items() if k.startswith("vision_model.")}
     names = {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
         "embeddings.patch_embedding.": "patch_embed.proj.", "encoder.layers.": "blocks."}
@@ -113,12 +112,8 @@ BACKBONES = {
 
 # %% ../../nbs/20_backbones.ipynb #d7155449
 @torch.no_grad()
-def official_resize(
-    model: nn.Module,  # with its weights, at their own patch and image size
-    image_size: int | tuple[int, int],  # pixels
-    patch_size: int,  # pixels
-) -> nn.Module:
-    """The same model, its patch kernel and positions resized as the authors' CVPR'24 code does.
+def official_resize(model: nn.Module, image_size: int | tuple[int, int], patch_size: int) -> nn.Module:
+    """The same model, its patch kernel and positions resized to these pixels as the authors' CVPR'24 code does.
 
     Bicubic, no antialias, kernel not rescaled. Raises `ValueError` for a class whose sizes timm cannot change."""
     if not hasattr(model, "set_input_size"):
@@ -137,12 +132,8 @@ def official_resize(
 HOLDS = ("fp32", "bf16", "int8", "int4")
 
 
-def hold_in(
-    model: nn.Module,  # frozen
-    hold: str,  # one of `HOLDS`
-    device: str | torch.device | None = None,  # where it will live; None: where it is
-) -> nn.Module:
-    """The same model, held in fewer bits: the matrices of the blocks in int8 or int4 (torchao), the rest in bf16.
+def hold_in(model: nn.Module, hold: str, device: str | torch.device | None) -> nn.Module:
+    """The same frozen model, held as one of `HOLDS`: the blocks' matrices in int8 or int4 (torchao), the rest in bf16.
 
     Raises `ImportError` without torchao, `ValueError` where it does not work."""
     if hold != "fp32":
@@ -153,8 +144,7 @@ def hold_in(
     try:
         from torchao.quantization import Int8WeightOnlyConfig, NF4Tensor, quantize_
     except ImportError as error:
-        raise ImportError(
-            f"hold={hold!r} needs torchao: pip install 'reinpp[quantize]', or use hold='bf16' ({error})") from error
+        raise ImportError(f"hold={hold!r} needs torchao: pip install 'reinpp[quantize]', or use 'bf16'") from error
     linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)
         and (hold == "int8" or m.weight.numel() % 2048 == 0)]
     try:
@@ -169,21 +159,12 @@ def hold_in(
         if not gradient.any():
             raise RuntimeError("no gradient reaches the activations")
     except (RuntimeError, NotImplementedError, TypeError, ImportError, AssertionError, IndexError) as error:
-        raise ValueError(
-            f"hold={hold!r} does not work here ({next(model.parameters()).device}, torchao: "
-            f"{(str(error).splitlines() or ['?'])[0][:150]}): use hold='bf16'") from error
+        raise ValueError(f"hold={hold!r} does not work here, use 'bf16': {shorten(repr(error), 150)}") from error
     for name, m in model.blocks.named_modules():  # under autocast norms put out 32 bits, which torchao would multiply
         if name.endswith(("norm1", "norm2")):
             m.register_forward_hook(lambda module, args, output: output.to(torch.bfloat16))
     return model
 
-
-def held_bytes(model: nn.Module) -> int:
-    "Bytes that the weights of a model take, packed ones counted as they are stored."
-    def inside(t):
-        if not hasattr(t, "__tensor_flatten__"): return t.numel() * t.element_size()
-        return sum(inside(getattr(t, name)) for name in t.__tensor_flatten__()[0])
-    return sum(inside(p.data) for p in model.parameters())
 
 # %% ../../nbs/20_backbones.ipynb #1772fbc1
 def create_backbone(
@@ -215,15 +196,9 @@ def create_backbone(
     with torch.device("meta") if meta else nullcontext():
         model = load_weights(name, spec, make, options, weights) if loads else make(**options)
     if spec.weights: model.pretrained_cfg.update(mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    if not hasattr(model, "num_prefix_tokens"):
-        model.num_prefix_tokens = 0  # SAM: every token is a patch
+    if not hasattr(model, "num_prefix_tokens"): model.num_prefix_tokens = 0  # SAM: all are patches
     if official: official_resize(model, image_size, patch or patch_size_of(model))
-    return hold_in(freeze(model), hold, device)
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    "The model in eval mode (no drop path), its weights without gradients. They still flow through the activations."
-    return model.eval().requires_grad_(False)
+    return hold_in(model.eval().requires_grad_(False), hold, device)  # eval: no drop path
 
 
 def patch_size_of(model: nn.Module) -> int:
@@ -237,7 +212,7 @@ def other_spec(name: str) -> BackboneSpec:
     Raises `ValueError` for one that does not exist, or whose blocks Rein-G cannot be attached to."""
     if not timm.is_model(name.split(".")[0]):
         check_choice("backbone", name, (*BACKBONES, "any timm vision transformer (timm.list_models('vit*'))"))
-    for options in ({}, SAM, dict(dynamic_img_size=None, img_size=None, patch_size=None)):
+    for options in ({}, SAM, SAM | dict(img_size=None, patch_size=None)):
         try:
             with torch.device("meta"):
                 model = timm.create_model(name, **dict(num_classes=0, dynamic_img_size=True, img_size=512) | options)
@@ -251,25 +226,16 @@ def other_spec(name: str) -> BackboneSpec:
     steps = {(f["num_chs"], f["reduction"]) for f in getattr(model, "feature_info", None) or []}
     if len(steps) > 1:
         widths = ", ".join(f"{c} at stride {s}" for c, s in sorted(steps))
-        raise ValueError(
-            f"backbone={name!r}: {type(model).__name__} works in stages of different widths ({widths}): Rein-G's "
-            "tokens have one width, take a model of one width and one patch size, e.g. sam_large or dinov2_large")
+        raise ValueError(f"backbone={name!r}: {type(model).__name__} works in stages of different widths ({widths}): "
+            "Rein-G's tokens have one, take e.g. sam_large or dinov2_large")
     parts = ("blocks", "embed_dim", "patch_embed", "forward_intermediates")
     if not all(hasattr(model, part) for part in parts) or len(model.blocks) < 3:
-        raise ValueError(
-            f"backbone={name!r}: {type(model).__name__} is no plain vision transformer (.{', .'.join(parts)}): Rein-G "
-            "cannot be attached, see timm.list_models('vit*')")
+        raise ValueError(f"backbone={name!r}: {type(model).__name__} is no plain vision transformer as timm's vit* are")
     return BackboneSpec(name, None, options)
 
 # %% ../../nbs/20_backbones.ipynb #6fc2547b
-def load_weights(
-    name: str,  # short name, for messages
-    spec: BackboneSpec,  # how it is made
-    make: Callable,  # (**options) -> model
-    options: dict,  # of the model
-    weights: str | Path | None = None,  # a local checkpoint
-) -> nn.Module:
-    "The model with its weights. Raises `FileNotFoundError`, and `ValueError` for a file that does not fit it."
+def load_weights(name: str, spec: BackboneSpec, make: Callable, options: dict, weights: str | Path | None) -> nn.Module:
+    "`make(**options)` with its weights. Raises `FileNotFoundError`, and `ValueError` for a file that does not fit it."
     folder = data_folder() / "weights"
     places = [folder / f"{spec.timm_name}.safetensors", folder / spec.timm_name]
     named = weights or (spec.weights and folder / spec.weights)
@@ -284,11 +250,9 @@ def load_weights(
             suffix = "safetensors" if any(f.endswith(".safetensors") for f in list_repo_files(INTERNVIT)) else "bin"
             file = Path(snapshot_download(INTERNVIT, allow_patterns=[f"*.{suffix}", f"*.{suffix}.index.json"]))
     except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
-            f"backbone={name!r}: the weights of {spec.timm_name} could not be downloaded "
-            f"({str(error).splitlines()[0][:120]}); with a network they come from huggingface.co/"
-            f"{INTERNVIT if spec.build else 'timm/' + spec.timm_name}; without one, put its model.safetensors at "
-            f"{places[0]} or anywhere with weights=<file>, or pass pretrained=False for random weights") from error
+        raise FileNotFoundError(f"backbone={name!r}: the weights of {spec.timm_name} could not be downloaded from "
+            f"huggingface.co/{INTERNVIT if spec.build else 'timm/' + spec.timm_name} ({shorten(str(error), 120)}): put "
+            f"model.safetensors at {places[0]}, or pass weights=<file>, or pretrained=False") from error
     state, model = read_checkpoint(file), make(**options)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     plain = dict(interpolation="bilinear", antialias=False) if "radio" in spec.timm_name else {}  # timm's way for these
@@ -301,7 +265,7 @@ def load_weights(
             raise RuntimeError(", ".join(f"{what} {len(keys)} keys ({', '.join(keys[:6])})"
                 for what, keys in zip(("missing", "unexpected"), wrong) if keys))
     except (RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:700]
+        reason = shorten(str(error), 700)
         raise ValueError(f"backbone={name!r}: {file} does not fit {spec.timm_name}: {reason}") from error
     return model
 
@@ -320,12 +284,10 @@ def extract_features(
 ) -> list[torch.Tensor]:
     """Outputs of the chosen blocks as maps (B, C, H / patch, W / patch), prefix tokens removed, no final norm.
 
-    In the images' dtype where the model is held in fewer bits. Raises `ValueError` for a size that the patch does not
-    divide."""
+    In the images' dtype. Raises `ValueError` for a size that the patch does not divide."""
     patch, (height, width) = patch_size_of(model), images.shape[-2:]
     if height % patch or width % patch:
-        raise ValueError(
-            f"image size {height}x{width} is not a multiple of the patch ({patch}): pad it, as Segmenter.predict does")
+        raise ValueError(f"image size {height}x{width} is not a multiple of the patch ({patch}): pad it")
     read = partial(model.forward_intermediates, indices=list(layers or feature_layers(len(model.blocks))),
         intermediates_only=True, norm=False)
     if model.patch_embed.proj.weight.dtype == images.dtype: return read(images)

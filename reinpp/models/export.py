@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 from ..files import check_choice
@@ -41,18 +42,14 @@ class MergedReinG(ReinG):
             self.register_buffer("constant_queries", adapter.queries())
 
     def tokens(self, layer: int | None = None) -> torch.Tensor:
-        "T of one layer (m, c), or of all layers (N, m, c)."
         return self.constant_tokens if layer is None else self.constant_tokens[layer]
 
     def values(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
-        "V of one layer (m, c)."
         return self.constant_values[layer]
 
-    def queries(self) -> torch.Tensor | None:
-        "The linked queries (m, query_dim); None where the head has its own."
-        return self.constant_queries
+    def queries(self) -> torch.Tensor | None: return self.constant_queries
 
-# %% ../../nbs/29_export.ipynb #6e41c0d9
+
 @contextlib.contextmanager
 def merged(segmenter: Segmenter) -> Iterator[Segmenter]:
     """The segmenter in eval mode with its Rein-G merged; when the context ends, it is as it was.
@@ -109,28 +106,7 @@ class Window(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.segmenter.window_scores(images)
 
-
-def _write_program(window: Window, example: torch.Tensor, format: str, path: Path) -> None:
-    "Trace a window with an example, the number of images left free, and save the program."
-    batch = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(window.eval(), (example,), dynamic_shapes=batch, strict=False)
-    if format == "torch":
-        torch.export.save(program, path)
-    else:
-        names = dict(input_names=["images"], output_names=["scores"])
-        torch.onnx.export(program, (), dynamo=True, verbose=False, **names).save(path, external_data=False)
-
 # %% ../../nbs/29_export.ipynb #a1f0e3b7
-def _window_size(segmenter: Segmenter, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    "Height and width of a program's window. Raises `ValueError` for what the patch does not divide, or is too small."
-    wanted, patch = image_size or segmenter.config["image_size"], patch_size_of(segmenter.backbone)
-    size = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
-    if len(size) != 2 or any(side < STRIDES[-1] or side % patch for side in size):
-        raise ValueError(f"image_size={image_size!r}: height and width must be multiples of the patch ({patch}), "
-                         f"{STRIDES[-1]} or more")
-    return size
-
-
 def export(
     segmenter: Segmenter,  # with its weights; left as it is
     path: str | Path,  # file to write: .pt2 for torch, .onnx for onnx
@@ -148,10 +124,13 @@ def export(
     if path.suffix != SUFFIXES[format]:
         raise ValueError(f"{path}: a program of format={format!r} is a {SUFFIXES[format]} file: name it "
                          f"{path.with_suffix(SUFFIXES[format]).name}")
-    size, hold = _window_size(segmenter, image_size), segmenter.config["backbone_args"].get("hold", "fp32")
+    size, patch = to_2tuple(image_size or segmenter.config["image_size"]), patch_size_of(segmenter.backbone)
+    if len(size) != 2 or any(side < STRIDES[-1] or side % patch for side in size):
+        raise ValueError(f"image_size={image_size!r}: height and width must be multiples of the patch ({patch}), "
+                         f"{STRIDES[-1]} or more")
+    hold = segmenter.config["backbone_args"].get("hold", "fp32")
     if hold not in ("fp32", "bf16"):
-        raise ValueError(f"weights held in {hold} cannot be exported: load the segmenter with "
-                         "backbone_args=dict(hold='bf16') or 'fp32'")
+        raise ValueError(f"weights held in {hold} cannot be exported: make the segmenter with hold='bf16' or 'fp32'")
     if format == "onnx": _onnxruntime()
     example = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(segmenter.mean.device)
     began = time.perf_counter()
@@ -161,7 +140,13 @@ def export(
         # first: it also fills the head's tables of positions, which tracing would fill without numbers
         expected = segmenter.predict(example)
         with merged(segmenter):
-            _write_program(Window(segmenter), example, format, aside)
+            batch = ({0: torch.export.Dim("batch")},)  # the number of images is free
+            program = torch.export.export(Window(segmenter).eval(), (example,), dynamic_shapes=batch, strict=False)
+            if format == "torch":
+                torch.export.save(program, aside)
+            else:
+                names = dict(input_names=["images"], output_names=["scores"])
+                torch.onnx.export(program, (), dynamo=True, verbose=False, **names).save(aside, external_data=False)
         run = load_program(aside)
         difference = max(float((run(example[:n]) - expected[:n]).abs().max()) for n in (1, 2))
         if not difference <= tolerance * max(1.0, float(expected.max())):

@@ -40,17 +40,14 @@ def targets_from_labels(
     labels: Tensor,  # (B, H, W) integer trainIds, 255 = ignore
     num_classes: int,  # K
 ) -> list[Target]:  # one per image; an image without any label has n = 0
-    """One binary mask per class present; 255 is background for every mask.
-
-    Raises ValueError for any other label outside 0..K-1."""
+    "A binary mask per class present; 255 is background for all. ValueError for other labels outside 0..K-1."
     flat = labels.flatten(1).long()
     count = flat.new_zeros(len(flat), 256).scatter_add_(1, flat.clamp(0, 255), torch.ones_like(flat))
     present = (count > 0).cpu()  # one copy to the host for the whole batch
     strange = [k for k in range(num_classes, 256) if k != IGNORE and present[:, k].any()]
     if strange:
-        raise ValueError(
-            f"targets_from_labels: labels contain {strange}, but the head has {num_classes} classes "
-            f"(0..{num_classes - 1}) and {IGNORE} for ignore")
+        raise ValueError(f"targets_from_labels: labels contain {strange}, but the head has {num_classes} classes "
+                         f"(0..{num_classes - 1}) and {IGNORE} for ignore")
     classes = [row[:num_classes].nonzero().flatten().to(labels.device, non_blocking=True) for row in present]
     return [Target(c, label == c[:, None, None]) for c, label in zip(classes, labels)]
 
@@ -136,9 +133,7 @@ def average_count(
     number: Tensor | float,  # a count on this process
     device: torch.device,  # where the result is wanted
 ) -> Tensor:  # scalar float32
-    """Mean of a count over the processes of a distributed run, of at least 1 in all.
-
-    So gradients averaged over processes are those of one large batch."""
+    "Mean of a count over processes, of at least 1 in all: averaged gradients are then those of one large batch."
     number, = all_reduce_mean([torch.as_tensor(number, dtype=torch.float32, device=device)])
     return number.clamp(min=1 / get_world_size())
 
@@ -181,8 +176,7 @@ def mask_classification_loss(
 ) -> dict[str, Tensor]:  # total = class + mask + dice, scalars with gradient, weighted and summed over the predictions
     "The mask-classification loss of eq. 14 (Mask2Former's set loss), for every prediction of the head."
     if len(targets) != len(output.class_logits[-1]):
-        raise ValueError(
-            f"mask_classification_loss: {len(targets)} targets for a batch of {len(output.class_logits[-1])} images")
+        raise ValueError(f"{len(targets)} targets for a batch of {len(output.class_logits[-1])} images")
     device, sizes = output.mask_logits[-1].device, [len(t.classes) for t in targets]
     images_elsewhere, masks_elsewhere = others([len(sizes), sum(sizes)], device)
     matched = match(output, targets, num_points, images_elsewhere if sum(masks_elsewhere) + sum(sizes) else (0, 0))
@@ -227,9 +221,7 @@ def normalized_score_loss(
     labels: Tensor,  # (B, H, W) int64, 255 = ignore
     weights: Tensor,  # (B, H, W) at least 0
 ) -> Tensor:  # scalar
-    """Weighted negative log of the label's normalised score, averaged over all pixels (eq. 15).
-
-    Scores are resized bilinearly to the labels."""
+    "Weighted negative log of the label's normalised score (resized bilinearly), averaged over all pixels (eq. 15)."
     with torch.autocast(scores.device.type, enabled=False):
         scores = F.interpolate(scores.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False) + EPSILON
         known = labels != IGNORE
@@ -244,9 +236,7 @@ def paired_loss(
     valid: Tensor | None = None,  # (B, H, W) pixels that are image: a mask's pixel counts by its share of them
     whole: bool = True,  # means over the whole batch of all processes; False: over this batch alone
 ) -> dict[str, Tensor]:  # total = class + mask + dice, weighted and summed over the predictions
-    """Query i of the student learns class and mask of query i of the teacher (eq. 16).
-
-    Raises ValueError if the queries cannot be paired."""
+    "Query i learns class and mask of the teacher's query i (eq. 16). ValueError if they cannot be paired."
     ours, theirs = (student.class_logits[-1], student.mask_logits[-1]), (teacher_class, teacher_mask)
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         raise ValueError(f"paired_loss pairs queries by index: student {[tuple(t.shape) for t in ours]}, "

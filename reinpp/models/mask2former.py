@@ -56,17 +56,6 @@ class HeadOutput:
 
 # %% ../../nbs/24_mask2former.ipynb #df6f9d3b
 @lru_cache(maxsize=64)
-def _sine_position(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        def axis(n):
-            place = torch.arange(1, n + 1, dtype=torch.float32, device=device) / (n + 1e-6) * (2 * math.pi)
-            pair = torch.arange(dim // 2, device=device) // 2
-            angle = place[:, None] / 10000.0 ** (2 * pair / (dim // 2))
-            return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), 2).flatten(1)
-        y, x = axis(height)[:, None].expand(-1, width, -1), axis(width)[None].expand(height, -1, -1)
-        return torch.cat((y, x), 2).flatten(0, 1)
-
-
 def sine_position(
     height: int,  # rows of the map
     width: int,  # columns of the map
@@ -76,7 +65,15 @@ def sine_position(
     "Sine position embedding with coordinates normalised to (0, 2 pi] and temperature 10,000 (DETR)."
     if dim % 4:
         raise ValueError(f"sine_position: dim must be a multiple of 4 (sine and cosine of x and y), got {dim}")
-    return _sine_position(int(height), int(width), int(dim), torch.device(device))
+    device = torch.device(device)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        def axis(n):
+            place = torch.arange(1, n + 1, dtype=torch.float32, device=device) / (n + 1e-6) * (2 * math.pi)
+            pair = torch.arange(dim // 2, device=device) // 2
+            angle = place[:, None] / 10000.0 ** (2 * pair / (dim // 2))
+            return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), 2).flatten(1)
+        y, x = axis(height)[:, None].expand(-1, width, -1), axis(width)[None].expand(height, -1, -1)
+        return torch.cat((y, x), 2).flatten(0, 1)
 
 # %% ../../nbs/24_mask2former.ipynb #44895509
 @lru_cache(maxsize=64)
@@ -387,15 +384,13 @@ class Mask2Former(nn.Module):
         if self.linked:
             if queries is None or queries.ndim != 2 or queries.shape[1] != self.hidden_dim:
                 got = "none" if queries is None else tuple(queries.shape)
-                raise ValueError(
-                    f"Mask2Former(linked=True) needs queries (m, {self.hidden_dim}) from the adapter, got {got}; "
-                    "for own queries build it with linked=False")
+                raise ValueError(f"Mask2Former(linked=True) needs queries (m, {self.hidden_dim}) from the adapter, got "
+                                 f"{got}; for own queries build it with linked=False")
             position, content = queries, self.querys2feat(queries)
         else:
             if queries is not None:
-                raise ValueError(
-                    "Mask2Former(linked=False) has its own queries but was given linked ones; build it with "
-                    "linked=True")
+                raise ValueError("Mask2Former(linked=False) has its own queries but was given linked ones; build it "
+                                 "with linked=True")
             position, content = self.query_embed, self.query_feat
         mask_features, maps = self.pixel_decoder(features)
         return self.decoder(mask_features, maps, content.expand(mask_features.shape[0], -1, -1), position)

@@ -28,7 +28,6 @@ class Adapter(nn.Module):
 
     def queries(self) -> torch.Tensor | None:
         "Queries (m, query_dim) for the head; None: the head has its own."
-        return None
 
     def detach(self) -> None:
         "The backbone is the untouched model again."
@@ -55,8 +54,7 @@ def attach(self: Adapter, vit: nn.Module) -> Adapter:
     if self._vit:
         raise ValueError(f"this {name} is attached already: detach() it first")
     if getattr(vit, "_reinpp_adapter", None):
-        raise ValueError(
-            f"the backbone carries another adapter already ({vit._reinpp_adapter}): detach() that one first")
+        raise ValueError(f"the backbone carries another adapter ({vit._reinpp_adapter}): detach() that one first")
     self._vit, vit._reinpp_adapter = [vit], name
     try:
         self._place(vit)
@@ -179,8 +177,7 @@ def forward(
 
 @patch
 def _place(self: ReinG, vit: nn.Module) -> None:
-    for layer, block in enumerate(vit.blocks):
-        self._hooks.append(block.register_forward_hook(partial(self._after, layer)))
+    self._hooks += [block.register_forward_hook(partial(self._after, n)) for n, block in enumerate(vit.blocks)]
 
 
 @patch

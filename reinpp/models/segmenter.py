@@ -7,7 +7,6 @@ __all__ = ['HEADS', 'PER_PIXEL', 'STRIDES', 'Segmenter', 'create_segmenter', 'ti
 
 # %% ../../nbs/27_segmenter.ipynb #459fd917
 import json
-import warnings
 from pathlib import Path
 from types import MethodType
 
@@ -43,9 +42,7 @@ class Segmenter(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         adapter.attach(backbone)
-        # what a file holds, also once it is frozen
-        self.trained = tuple(name for name, p in self.named_parameters() if p.requires_grad)
-        self.loaded = None  # what `load_adapter` said of the last file: folder, dtype, megabytes, record
+        self.trained = tuple(n for n, p in self.named_parameters() if p.requires_grad)  # what a file holds, also frozen
 
     def train(self, mode: bool = True) -> "Segmenter":
         "As usual, but the backbone stays in eval mode: frozen means frozen (no drop path)."
@@ -62,9 +59,7 @@ class Segmenter(nn.Module):
         return self.head(self.features(images), self.adapter.queries())
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
-        """s_k (B, K, H / 4, W / 4) float32 of the last prediction; they lie in about [0, 1] with every head.
-
-        Take the argmax, never a softmax."""
+        "s_k (B, K, H / 4, W / 4) float32 of the last prediction, in about [0, 1]: take the argmax, never a softmax."
         return self(images).scores()
 
 # %% ../../nbs/27_segmenter.ipynb #a9df9fa0
@@ -94,21 +89,18 @@ def create_segmenter(
     try:
         config = json.loads(json.dumps(config))  # as it comes back from a file: lists, no tuples
     except TypeError as error:
-        raise ValueError("arguments must be plain numbers, strings and lists, since they go into the adapter file: "
-                         f"{error}") from error
+        raise ValueError(f"arguments go into the adapter file: use plain numbers, strings, lists ({error})") from error
     vit = create_backbone(backbone, image_size, pretrained=pretrained, weights=weights, **backbone_args)
     patch_size = patch_size_of(vit)
     if image_size % patch_size:
-        raise ValueError(
-            f"image_size={image_size} is not a multiple of the patch of {backbone} ({patch_size}): use "
-            f"{image_size // patch_size * patch_size or patch_size}")
+        raise ValueError(f"image_size={image_size} is not a multiple of the patch of {backbone} ({patch_size}): use "
+                         f"{image_size // patch_size * patch_size or patch_size}")
     if adapter == "rein_g" and "hidden_dim" in head_args:
         adapter_args = dict(query_dim=head_args["hidden_dim"]) | adapter_args
     tune = create_adapter(adapter, vit, **adapter_args)
     queries = tune.queries()
     if queries is not None and head in PER_PIXEL:
-        raise ValueError(
-            f"head={head!r} labels pixels and has no queries to link: leave link_queries out of adapter_args")
+        raise ValueError(f"head={head!r} has no queries to link: leave link_queries out of adapter_args")
     sizes = dict(scales=tuple(patch_size / stride for stride in STRIDES))
     if head not in PER_PIXEL: sizes["linked"] = queries is not None
     if queries is not None: sizes["num_queries"] = len(queries)
@@ -116,9 +108,8 @@ def create_segmenter(
         top = HEADS[head](vit.embed_dim, num_classes, **sizes | head_args)
     except TypeError as error:
         raise ValueError(f"head={head!r} does not take these arguments: {error}") from error
-    own = vit.pretrained_cfg
-    mean, std = (own["mean"], own["std"]) if normalization == "own" else (IMAGENET_MEAN, IMAGENET_STD)
-    return Segmenter(vit, tune, top, num_classes, mean, std, config).eval()
+    own = vit.pretrained_cfg if normalization == "own" else dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return Segmenter(vit, tune, top, num_classes, own["mean"], own["std"], config).eval()
 
 # %% ../../nbs/27_segmenter.ipynb #fe8993d8
 _TINY = {
@@ -132,16 +123,14 @@ _TINY = {
 def tiny_segmenter(
     adapter: str = "rein_g",  # a key of `ADAPTERS`
     head: str = "mask2former",  # a key of `HEADS`
-    image_size: int = 64,  # pixels
-    pretrained: bool = False,  # the bundled weights of the tiny backbone, or random ones
     adapter_args: dict = {},  # changes to the small ones
     head_args: dict = {},  # likewise
-    **arguments,  # of `create_segmenter`
+    **arguments,  # of `create_segmenter`; by default 64 pixels and random weights
 ) -> Segmenter:
     "A segmenter of the tiny backbone with a narrow head, for examples and tests."
     adapter_args, head_args = _TINY.get(adapter, {}) | adapter_args, _TINY.get(head, {}) | head_args
-    return create_segmenter("tiny", adapter, head, image_size=image_size, pretrained=pretrained,
-                            adapter_args=adapter_args, head_args=head_args, **arguments)
+    arguments = dict(image_size=64, pretrained=False, adapter_args=adapter_args, head_args=head_args) | arguments
+    return create_segmenter("tiny", adapter, head, **arguments)
 
 # %% ../../nbs/27_segmenter.ipynb #5e0b83c6
 @patch
@@ -188,16 +177,10 @@ def predict(
     window: int | None = None,  # side of a square window in pixels (512 or 1024 in the paper); None: the whole image
     stride: int | None = None,  # between windows; None: two thirds of the window (341 for 512, 683 for 1024)
     batch: int = 8,  # windows a forward pass, of all images together
-    precision: str | None = None,  # "bf16": products in bfloat16; "float32"; None: what autocast around the call says
 ) -> torch.Tensor:  # (B, K, H, W) float32
     """Scores at full resolution, averaged over windows; a side shorter than the window is taken whole.
 
-    Raises `ValueError` for an unknown precision. For many images of one size see `compile_blocks` and `export.merged`.
-    """
-    check_choice("precision", precision, (None, "bf16", "float32"))
-    if precision:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return self.predict(images, window, stride, batch)
+    For many images of one size see `compile_blocks` and `export.merged`."""
     count, _, height, width = images.shape
     h, w = (min(window, height), min(window, width)) if window else (height, width)
     step = stride or (max(1, round(window * 2 / 3)) if window else max(h, w))
@@ -214,27 +197,24 @@ def predict(
 
 # %% ../../nbs/27_segmenter.ipynb #883ee6fa
 @patch
-def save_adapter(self: Segmenter, folder: str | Path, record: dict | None = None, dtype: str | None = None) -> Path:
+def save_adapter(
+    self: Segmenter,
+    folder: str | Path,
+    record: dict | None = None,  # how it was trained
+    dtype: str | None = None,  # "float16" or "bfloat16": half the size
+) -> Path:
     "The folder, with what was trained and what made it; arguments, errors and form are those of `write_adapter`."
     return write_adapter(folder, self.trained_state(), self.config, record, dtype)
 
 
 @patch
 def load_adapter(self: Segmenter, folder: str | Path) -> Segmenter:
-    """Itself, with the adapter of a folder on its own device and in its own dtype.
-
-    `loaded` says what came in, a warning that it came in half precision. Raises what `read_adapter` and `check_fits`
-    raise; the segmenter is left as it was then."""
+    "Itself, with the adapter of a folder in its own dtype; as it was where `read_adapter` or `check_fits` raises."
     config, state = read_adapter(folder)
     own = self.trained_state()
     check_fits(folder, config, state, self.config, own)
     moved = {name: state[name].to(t) for name, t in own.items()}  # what can fail, fails before anything is changed
     for name, t in own.items(): t.copy_(moved[name])
-    megabytes = round(sum(t.nbytes for t in state.values()) / 1e6, 3)
-    self.loaded = dict(folder=str(folder), dtype=config["dtype"], megabytes=megabytes, record=config["record"])
-    if config["dtype"] != "float32":
-        warnings.warn(f"{folder}: these weights were stored in {config['dtype']}; scores differ slightly from those of "
-                      "the float32 weights", stacklevel=2)
     return self
 
 

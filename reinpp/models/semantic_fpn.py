@@ -36,14 +36,12 @@ class PixelOutput:
 
         Raises ValueError for labels outside 0..K-1 and 255, and for logits of another batch or class number."""
         if self.logits.shape[:2] != (len(labels), num_classes):
-            raise ValueError(
-                f"PixelOutput.loss: logits {tuple(self.logits.shape)} for {len(labels)} label maps of {num_classes} "
-                "classes; expected (B, K, h, w)")
+            raise ValueError(f"PixelOutput.loss: logits {tuple(self.logits.shape)} for {len(labels)} label maps of "
+                             f"{num_classes} classes; expected (B, K, h, w)")
         strange = (labels != IGNORE) & ((labels < 0) | (labels >= num_classes))
         if strange.any():
-            raise ValueError(
-                f"PixelOutput.loss: labels contain {labels[strange].unique().tolist()}, but the head has {num_classes} "
-                f"classes (0..{num_classes - 1}) and {IGNORE} for ignore")
+            raise ValueError(f"PixelOutput.loss: labels contain {labels[strange].unique().tolist()}, but the head has "
+                             f"{num_classes} classes (0..{num_classes - 1}) and {IGNORE} for ignore")
         return {"total": self.pixel_loss(labels)}
 
     def pixel_loss(self, labels: Tensor) -> Tensor:
@@ -108,7 +106,6 @@ class SemanticFPN(nn.Module):
             x = self.smooth[i](maps[i])
             for step, stage in enumerate(branch, 1):
                 x = stage(x)
-                if i:
-                    x = F.interpolate(x, size=sizes[i - step], mode="bilinear", align_corners=False)
+                if i: x = F.interpolate(x, size=sizes[i - step], mode="bilinear", align_corners=False)
             total = total + x
         return PixelOutput(self.classify(total))

@@ -59,8 +59,7 @@ _BATCHES = {"dinov2_large": dict(full=4, rein_g=4, rein_a=1, inference=4),  # of
 ROWS = {f"tiny_{what}": Row(what, batch=2) for what in ("rein_g", "rein_a", "inference")}
 ROWS |= {f"{backbone}_{what}": Row(what, "paper", batch, dict(backbone=backbone), gpu=True,
     reference=what != "full") for backbone, batches in _BATCHES.items() for what, batch in batches.items()}
-_HELD = {hold: dict(backbone="internvl_6b", backbone_args=dict(hold=hold))
-    for hold in ("bf16", "int8", "int4")}
+_HELD = {hold: dict(backbone="internvl_6b", backbone_args=dict(hold=hold)) for hold in ("bf16", "int8", "int4")}
 ROWS["internvl_6b_rein_g"] = Row("rein_g", "paper", 4, _HELD["bf16"], gpu=True, reference=False)
 ROWS |= {f"internvl_6b_rein_a_{hold}": Row("rein_a", "paper", 1, model, gpu=True, reference=False)
     for hold, model in _HELD.items()}
@@ -89,21 +88,14 @@ def synthetic_batch(row: Row, device: torch.device) -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/51_costs.ipynb #44117645
 class Job:
-    "One row, ready to run: `run()` is one step."
+    "One row, ready to run: `run()` is one step, with precision `bf16` under autocast."
 
-    def __init__(
-        self,
-        row: Row,
-        precision: str = "float32",  # bf16: by autocast
-        device: torch.device = torch.device("cpu"),
-    ):
+    def __init__(self, row: Row, precision: str = "float32", device: torch.device = torch.device("cpu")):
         self.row, self.device, self.batch = row, device, synthetic_batch(row, device)
         torch.manual_seed(0)
-        with torch.device(device):
-            self.objective = self.make()
+        with torch.device(device): self.objective = self.make()
         self.objective.to(device)
-        rounded = precision == "bf16"
-        self.objective.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=rounded)
+        self.objective.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
         self.model, self.stm = self.objective.segmenter, getattr(self.objective, "stm", None)
         self.model.train(row.what != "inference")
         self.optimizer = None if row.what == "inference" else torch.optim.AdamW(self.trained(), lr=1e-6)
@@ -175,10 +167,7 @@ def time_once(step: Callable, device: torch.device) -> float:
 class KeptForBackward(torch.autograd.graph.saved_tensors_hooks):
     "A context that counts the bytes which graphs keep for backward: `peak` at one time, and `total` of all."
 
-    def __init__(
-        self,
-        ignored=(),  # tensors that are there anyway: parameters and inputs
-    ):
+    def __init__(self, ignored=()):  # tensors that are there anyway: parameters and inputs
         super().__init__(self._keep, lambda tensor: tensor)
         self.held = {_storage(tensor): 1 for tensor in ignored}
         self.now = self.peak = self.total = 0
@@ -211,8 +200,7 @@ def _storage(tensor):
 
 def kept_bytes(job: Job) -> KeptForBackward:
     "What the graphs of one step of a job keep."
-    modules = [m for m in (job.model, job.stm) if m is not None]
-    there = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    there = [t for m in (job.model, job.stm) if m is not None for t in (*m.parameters(), *m.buffers())]
     with KeptForBackward([*there, *job.batch.values()]) as kept:
         job.run()
     return kept

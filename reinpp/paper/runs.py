@@ -30,10 +30,7 @@ from ..training.generalize import Generalize
 from ..training.train import fit
 
 # %% ../../nbs/52_runs.ipynb #7d20be95
-def find_adapter(
-    experiment: Experiment,
-    runs: Path,  # folder of runs
-) -> Path | None:
+def find_adapter(experiment: Experiment, runs: Path) -> Path | None:
     "The folder of the adapter that this very run trained, if there is one."
     for folder in (runs / experiment.training_key / "adapter", *sorted((data_folder() / "weights").glob("*/"))):
         file = folder / "adapter_config.json"
@@ -52,8 +49,7 @@ def build(
     if experiment.start is None: return segmenter
     folder = find_adapter(experiment.start, runs)
     if folder is None:
-        raise FileNotFoundError(
-            f"{experiment}: the adapter of {experiment.start} is neither in {runs} nor in data/weights: run that first")
+        raise FileNotFoundError(f"{experiment}: no adapter of {experiment.start} in {runs} or data/weights: run that")
     return segmenter.load_adapter(folder)
 
 # %% ../../nbs/52_runs.ipynb #1321a161
@@ -123,8 +119,7 @@ def _locked(folder, patient):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not patient:
-                raise RuntimeError(
-                    f"{folder} is under way in another run: start this one again when that is done") from None
+                raise RuntimeError(f"{folder} is under way in another run: start this one again after it") from None
             print(f"{folder.name} is under way in another process: waiting for it", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -184,8 +179,7 @@ def run(
         began, made_by = time.time(), commit()  # the commit that is running, whatever is committed meanwhile
         segmenter = build(experiment, runs)
         training = _train(experiment, segmenter, runs, data_root, made_by, **options)
-        if first:
-            print(f"evaluating {experiment} on {', '.join(experiment.evaluate_on)}", flush=True)
+        if first: print(f"evaluating {experiment} on {', '.join(experiment.evaluate_on)}", flush=True)
         segmenter.to(device)
         metrics = {domain: _evaluate(segmenter, domain, experiment, data_root) for domain in experiment.evaluate_on}
         start = dict(start_iterations=experiment.start.training["iterations"]) if experiment.start else {}
@@ -194,8 +188,7 @@ def run(
             seconds=round(time.time() - began, 1), **start, parameters=segmenter.trainable_parameters(),
             versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
         if first: ledger.put(experiment, record)
-    if first:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
+    if first: (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
     return broadcast(ledger.get(experiment) if first else None)  # as anybody will read it
 
 # %% ../../nbs/52_runs.ipynb #12c01391
@@ -229,11 +222,8 @@ def estimate(
     return "\n".join([*lines, f"in total about {duration(total)} of training here{rest}"])
 
 
-def schedule(
-    hours: list[float],  # of runs that do not depend on each other
-    gpus: int,
-) -> float:  # hours until the last one ends
-    "Longest first, each to the GPU that is free first: how long a list of runs takes on several GPUs."
+def schedule(hours: list[float], gpus: int) -> float:
+    "Hours that independent runs take on several GPUs: longest first, each to the GPU that is free first."
     busy = [0.0] * gpus
     for one in sorted(hours, reverse=True): busy[busy.index(min(busy))] += one
     return max(busy)
@@ -244,8 +234,7 @@ def main(
 ) -> dict:  # the record
     "The record of one run (`python -m reinpp.paper.runs`). Ends with one line that says what is wrong."
     import argparse
-    parser = argparse.ArgumentParser(
-        prog="python -m reinpp.paper.runs",
+    parser = argparse.ArgumentParser(prog="python -m reinpp.paper.runs",
         description="Make the record of one run; under torchrun, on several GPUs. Run again to go on.")
     parser.add_argument("preset", choices=list(PRESETS))
     parser.add_argument("method", choices=METHODS)

@@ -32,7 +32,6 @@ def update_teacher(
 # %% ../../nbs/30_ema.ipynb #cf06c773
 class _Passes(nn.Module):
     "What the teacher computes, as one module that `functional_call` can call."
-
     def __init__(self, segmenter):
         super().__init__()
         self.segmenter = segmenter
@@ -49,9 +48,7 @@ def run_teacher(
     images: torch.Tensor,  # (B, 3, H, W) in [0, 1]
     heads: int | None = None,  # predict only for the first `heads` images; None: for all
 ) -> tuple:
-    """Features (four maps of all images) and the head's output (of the first `heads` images) of the teacher.
-
-    In eval mode and without gradient. The student is left as it was."""
+    "The teacher's features (four maps) and head output, in eval mode, without gradient; the student stays as it was."
     training = segmenter.training
     segmenter.eval()
     try:
@@ -79,9 +76,7 @@ def use_weights(
     segmenter: nn.Module,  # whose trained parameters are lent out
     weights: dict[str, torch.Tensor],  # by name, for every trained parameter: a teacher
 ) -> Iterator[nn.Module]:
-    """Within this context the segmenter has other weights, to evaluate or save them.
-
-    Afterwards its own again, whatever happened."""
+    "Within this context the segmenter has other weights; afterwards its own again, whatever happened."
     own = {name: p for name, p in segmenter.named_parameters() if p.requires_grad}
     kept = start_teacher(segmenter)
     try:

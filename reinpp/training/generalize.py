@@ -24,7 +24,6 @@ from .ema import copy_weights, start_teacher, update_teacher, use_weights
 # %% ../../nbs/32_generalize.ipynb #bfa08d95
 class Objective:
     "What `fit` runs, but for `sample`, `step`, `after_step` and the checkpoint."
-
     def __init__(
         self,
         segmenter: Segmenter,
@@ -38,8 +37,7 @@ class Objective:
     def named_trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
         "What the optimiser moves: the segmenter's trained parameters, and those beside it as `stm.*`."
         yield from ((name, p) for name, p in self.segmenter.named_parameters() if p.requires_grad)
-        if self.stm is not None:
-            yield from self.stm.named_parameters("stm")
+        if self.stm is not None: yield from self.stm.named_parameters("stm")
 
     def to(self, device: str | torch.device) -> "Objective":
         "Move everything."
@@ -57,7 +55,6 @@ class Objective:
 # %% ../../nbs/32_generalize.ipynb #90f213ad
 class Generalize(Objective):
     "The objective of Rein-G and its baselines (eq. 1): labelled sources only."
-
     def __init__(
         self,
         segmenter: Segmenter,  # from `create_segmenter`
@@ -85,8 +82,7 @@ class Generalize(Objective):
     def step(self, batch: dict, iteration: int) -> dict[str, torch.Tensor]:
         "Forward and backward of one batch; the loss terms, detached."
         images, labels = self._augmented(batch["image"], batch["label"])
-        with self.autocast():
-            output = self.segmenter(images)
+        with self.autocast(): output = self.segmenter(images)
         loss = output.loss(labels, self.segmenter.num_classes, self.num_points)
         loss["total"].backward()
         return {name: value.detach() for name, value in loss.items()}
@@ -112,8 +108,7 @@ def _augmented(self: Generalize, images: torch.Tensor, labels: torch.Tensor) -> 
     if self.augment is None: return images, labels
 
     def style_loss(images):
-        with self.autocast():
-            output = self.segmenter(images)
+        with self.autocast(): output = self.segmenter(images)
         return output.pixel_loss(labels) / get_world_size()  # a mean over the whole batch of all processes
 
     styled = adv_style(images, style_loss, std=self.segmenter.std.flatten().tolist())

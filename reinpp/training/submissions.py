@@ -135,9 +135,7 @@ def write_submission(
     archive: str | Path,  # the zip; an existing one is replaced
     partial: bool = False,  # the dataset may be a part of the test split
 ) -> dict:  # images, bytes
-    """Convert predictions to the server's form and pack them.
-
-    ValueError with the list of what is missing, doubled or wrong; nothing is written then."""
+    "Convert and pack predictions. ValueError with the list of what is missing, doubled or wrong; nothing written."
     check_choice("server", server, SERVERS)
     rules, path = SERVERS[server], Path(archive)
     left = set(map(_stem, _frames(rules, dataset, partial).values()))

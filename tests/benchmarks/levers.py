@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from reinpp.models import losses
-from reinpp.models.backbones import held_bytes
 from reinpp.models.losses import match, point_sample, targets_from_labels
 from reinpp.models.mask2former import HeadOutput, open_rows
 from reinpp.models.segmenter import create_segmenter
@@ -143,6 +142,14 @@ def _fuse(backbone, on):
 
 def _checkpoint(backbone, on):
     backbone.set_grad_checkpointing(on)
+
+
+def held_bytes(model: nn.Module) -> int:
+    "Bytes that the weights of a model take, packed ones counted as they are stored."
+    def inside(t):
+        if not hasattr(t, "__tensor_flatten__"): return t.numel() * t.element_size()
+        return sum(inside(getattr(t, name)) for name in t.__tensor_flatten__()[0])
+    return sum(inside(p.data) for p in model.parameters())
 
 
 def _held(device, s: Sizes, hold):
