@@ -113,7 +113,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (dict(preset="huge"), "auto, tiny, camvid, paper"), (dict(rows=["prompts"]), "freeze, full, bitfit"),
+    (dict(preset="huge"), "auto, tiny, camvid, idd, paper"), (dict(rows=["prompts"]), "freeze, full, bitfit"),
     (dict(rows="rein_g"), "not a list"), (dict(targets=["dawn"]), "night"),
     (dict(seeds="[0, 1]"), "seeds: "), (dict(seeds=[-1]), "whole number"), (dict(seeds=[0.5]), "whole number"),
     (dict(limit_iterations=0), "limit_iterations"),

@@ -107,7 +107,7 @@ def test_from_an_empty_ledger(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, wrong, says", [
-    ("table2", dict(preset="huge"), "use one of auto, tiny, camvid, paper"),
+    ("table2", dict(preset="huge"), "use one of auto, tiny, camvid, idd, paper"),
     ("table5", dict(rows=["+ Rein-a"]), "Rein-core"),
     ("table6", dict(rows=["rank 64"]), "use one of rank 2, rank 4"),
     ("table3", dict(rows="LoRA"), "not a list"), ("table8", dict(seeds="[0, 1]"), "not a list"),

@@ -51,7 +51,7 @@ class Adaptation:
     pool: int = 400  # [D] proposals of a crop that travel in a batch: cut to `limit` after mixing
     stm_least: float = 0.5  # [D] pixels of STM's answer under this normalised score are left out
     stm_warmup: int = 0  # [D] iterations in which STM learns before it teaches
-    num_points: int = 12544  # [P] points a mask for matching and losses
+    num_points: int = 12544  # [S] points a mask for matching and losses
     use_mix: bool = True  # [P] ablation: without the mix branch
     use_mask: bool = True  # [P] ablation: without the mask branch
     patience: int = 500  # [D] iterations on end before the collapse guard stops the run
@@ -170,7 +170,7 @@ def pseudo_label(
     scores: Tensor,  # (B, K, h, w) semantic scores of the teacher
     inside: Tensor,  # (B, H, W) bool: image, not padding
     tau: float = 0.968,  # a pixel is sure if its top normalised score is at least this
-    weighting: str = "image",  # "image": every pixel of an image weighs q (the paper); "pixel": 1 where sure, else 0
+    weighting: str = "image",  # "image": every pixel of an image weighs q (DAFormer); "pixel": 1 where sure, else 0
     margins: tuple[int, int] = (0, 0),  # rows at the top and bottom whose weight is 0
 ) -> PseudoLabel:
     "Labels, weights and confidence from the teacher's scores, resized to the crop."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'IMAGE_SUFFIXES', 'LABEL_SUFFIXES', 'ROTATIONS', 'Dataset', 'Scenes', 'open_scenes', 'read_image',
-           'LabelForm', 'read_label', 'Files', 'Concat', 'concat']
+           'LabelForm', 'read_label', 'Files', 'Concat', 'concat', 'take']
 
 # %% ../../nbs/14_datasets.ipynb #64be73a2
 import bisect
@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
-from .scenes import STYLES, WEATHERS, draw_scene
+from .scenes import STYLES, WEATHERS, draw_scene, old_camera
 from ..files import BadFile, Member, check_choice, read_bytes
 from ..labels import CLASSES, IGNORE
 
@@ -50,10 +50,12 @@ class Dataset(torch.utils.data.Dataset):
         classes: Sequence[str] = CLASSES,  # in the order of the trainIds
         on_error: str = "stop",  # a key of `POLICIES`
         statistics: str | Path | None = None,  # folder of the class statistics, see `class_statistics`
+        fold: torch.Tensor | None = None,  # (19,) class of `classes` of each trainId; None: they are the same
     ):
         check_choice("on_error", on_error, POLICIES)
         self.name, self.split, self.reader, self.labelled = name, split, reader, labels
         self.classes, self.on_error, self.statistics = tuple(classes), on_error, statistics
+        self.fold = fold
         self.evaluated = tuple(range(len(self.classes)) if evaluated is None else evaluated)
         bad = torch.zeros(2, len(reader.names), dtype=torch.bool)
         if POLICIES[on_error]:
@@ -145,7 +147,7 @@ class Scenes:
 
     def pair(self, i: int) -> tuple:
         if i not in self.kept:
-            scene = draw_scene(self.seeds[i], *self.how)
+            scene = self.draw(i)
             self.kept[i] = scene.image, scene.label if self.labels else None
         return self.kept[i]
 
@@ -153,14 +155,20 @@ class Scenes:
 
     def label(self, i): return self.pair(i)[1]
 
-    def instances(self, i): return draw_scene(self.seeds[i], *self.how).instances
+    def instances(self, i): return self.draw(i).instances
+
+    def draw(self, i):
+        weather, style, size = self.how
+        if style != "mono": return draw_scene(self.seeds[i], weather, style, size)
+        scene = draw_scene(self.seeds[i], weather, "camera", size)
+        return scene._replace(image=old_camera(scene.image, self.seeds[i]))
 
 
 _drawn = lru_cache(maxsize=8)(Scenes)  # the same scenes, opened twice, are drawn once
 
 
 def open_scenes(
-    split: str,  # `train`, `val` (both by day), `night/train`, `night/val`, and so on for each of `WEATHERS`
+    split: str,  # `train`, `val` (both by day), `night/train`, ... for each of `WEATHERS`; `game/...`, `mono/...`
     root=None,  # not used: nothing is on disk
     labels: bool = True,  # False: no labels
     style: str = "camera",  # one of `STYLES`
@@ -169,15 +177,20 @@ def open_scenes(
 ) -> Dataset:
     """Embedded scenes. ValueError for an unknown split or style, or another count.
 
-    Seeds: the weather's number * 100,000 + i, `val` 50,000 further, style "game" 1,000,000 further."""
-    check_choice("split", split, ["train", "val"] + [f"{w}/{part}" for w in WEATHERS for part in ("train", "val")])
+    Seeds: the weather's number * 100,000 + i, `val` 50,000 further, style "game" 1,000,000 further, "mono" 2,000,000.
+    `game/train` is `train` in the style "game"; `mono/train` is an old monochrome camera by day, a shift that no
+    table reports and on which settings may be searched."""
+    parts = [f"{w}/{part}" for w in (*WEATHERS, "game", "mono") for part in ("train", "val")]
+    check_choice("split", split, ["train", "val", *parts])
     check_choice("style", style, STYLES)
     weather, _, part = split.rpartition("/")
+    if weather in ("game", "mono"): weather, style = WEATHERS[0], weather
     weather = weather or WEATHERS[0]
     count = {"train": 800, "val": 100}[part] if count is None else count
     if not 0 < count <= 50_000:
         raise ValueError(f"scenes: count must be 1 to 50,000, got {count}")
-    first = WEATHERS.index(weather) * 100_000 + 50_000 * (part == "val") + 1_000_000 * (style == "game")
+    first = WEATHERS.index(weather) * 100_000 + 50_000 * (part == "val")
+    first += {"camera": 0, "game": 1_000_000, "mono": 2_000_000}[style]
     reader = _drawn(range(first, first + count), weather, style, tuple(size), labels)
     return Dataset("scenes", split, reader, labels=labels)
 
@@ -321,3 +334,26 @@ def concat(
     evaluated, labels = set().union(*(ds.evaluated for ds in datasets)), all(ds.labelled for ds in datasets)
     on_error = max((ds.on_error for ds in datasets), key=list(POLICIES).index)
     return Dataset(name, split, Concat(datasets), sorted(evaluated), labels, datasets[0].classes, on_error)
+
+# %% ../../nbs/14_datasets.ipynb #5a11ce02
+def take(
+    dataset: Dataset,  # of files or scenes
+    start: int | None = None,  # the first index; None: 0
+    stop: int | None = None,  # the index after the last; None: the end
+) -> Dataset:
+    "Images `start` to `stop` as a dataset. ValueError for an empty part, or beyond the end."
+    n, reader = len(dataset), dataset.reader
+    start, stop = start or 0, n if stop is None else stop
+    if not 0 <= start < stop <= n:
+        raise ValueError(f"{dataset.name}/{dataset.split}[{start}:{stop}]: it has {n} images; name a part of [0:{n}]")
+    part = slice(start, stop)
+    if isinstance(reader, Files):
+        labels, forms = (x and list(x)[part] for x in (reader.label_paths, reader.forms))
+        names, reader = reader.names, Files(reader.image_paths[part], labels, forms, reader.rotation, reader.root)
+        reader.names = names[part]
+    elif isinstance(reader, Scenes):
+        reader = _drawn(reader.seeds[part], *reader.how, reader.labels)
+    else:
+        raise ValueError(f"{dataset.name}: take parts before they are joined")
+    return Dataset(dataset.name, f"{dataset.split}[{start}:{stop}]", reader, dataset.evaluated, dataset.labelled,
+                   dataset.classes, dataset.on_error, None, dataset.fold)

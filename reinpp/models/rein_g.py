@@ -81,7 +81,7 @@ class ReinG(Adapter):
         share_mlp: bool = True,  # W_T and the MLP shared by all layers, eq. 11
         link_queries: bool = True,  # False: `queries()` is None and the head learns its own
         scale: float = 0.001,  # initial value of s
-        normalize_link: bool = False,  # T through a plain LayerNorm before W_Q; beyond the paper, for short training
+        normalize_link: bool = False,  # T through a plain LayerNorm before W_Qi; beyond the paper, for short runs
     ):
         if embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
@@ -116,7 +116,7 @@ def _make_parameters(self: ReinG, scale: float) -> None:
         else nn.Linear(c, c) for _ in layers)
     self.scale = nn.Parameter(torch.tensor(scale))  # s
     if self.config["link_queries"]:
-        self.token_to_query = nn.Linear(c, query_dim)  # W_Q
+        self.token_to_query = nn.Linear(c, query_dim)  # W_Qi, b_Qi
         self.merge = nn.Linear(3 * query_dim, query_dim)
 
 
@@ -154,7 +154,7 @@ def own_precision(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 @patch
 def delta(self: ReinG, patches: torch.Tensor, layer: int) -> torch.Tensor:
-    "delta f (B, n, c) of patch tokens (B, n, c), eq. 6 and 13, in this module's precision or autocast's."
+    "delta f (B, n, c) of patch tokens (B, n, c), eq. 5, 6 and 13, in this module's precision or autocast's."
     f = own_precision(patches, self.scale)
     t = self.tokens(layer)
     k, v = (self._heads(x.to(f.dtype)).expand(f.shape[0], -1, -1, -1) for x in (t, self.values(t, layer)))

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from ..data.catalog import open_dataset
-from ..data.datasets import Dataset, concat
+from ..data.datasets import Dataset, concat, take
 from ..files import check_choice, data_folder, write_atomically
 
 # %% ../../nbs/50_experiments.ipynb #e56e3354
@@ -62,15 +62,21 @@ def _hash(config):
 
 # %% ../../nbs/50_experiments.ipynb #6f40c1d8
 def open_domain(
-    domain: str,  # several joined by `+`; the first n of a part of the scenes: `scenes:night/val[:40]`
+    domain: str,  # several joined by `+`; a part of one: `camvid:dusk_train[33:]`
     data_root: str | Path | None = None,  # folder that holds the datasets; None: `data/`
     labels: bool = True,
 ) -> Dataset:
     "The dataset of a domain. Raises what `open_dataset` raises for one that is unknown or not here."
     if "+" in domain: return concat([open_domain(d, data_root, labels) for d in domain.split("+")])
     name, _, split = domain.partition(":")
-    split, _, first = split.removesuffix("]").partition("[:")
-    return open_dataset(name, split, root=data_root, labels=labels, **(dict(count=int(first)) if first else {}))
+    split, bracket, part = split.partition("[")
+    start, colon, stop = part.removesuffix("]").partition(":")
+    if bracket and not (part.endswith("]") and colon and all(n.isdecimal() for n in (start, stop) if n)):
+        raise ValueError(f"domain {domain!r}: a part is written [a:b], with numbers from 0 up or nothing for a and b")
+    options = dict(count=int(stop)) if name == "scenes" and stop else {}  # more can be drawn than are by default
+    whole = open_dataset(name, split, root=data_root, labels=labels, **options)
+    if not bracket or options and not start: return whole
+    return take(whole, int(start or 0), int(stop) if stop else None)
 
 # %% ../../nbs/50_experiments.ipynb #2e185622
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +120,22 @@ _TINY = Preset(
         "pixels one by one, moves its EMA faster, weighs its branches otherwise and starts STM from the head")
 
 # %% ../../nbs/50_experiments.ipynb #91d3fa60
+_DUSK = "camvid:dusk_train[:31]", "camvid:dusk_train[33:]"
 _CAMVID = dataclasses.replace(
     _TINY,
     name="camvid", source="camvid:day_train", source_val="camvid:day_val",
     targets={"dusk": ("camvid:dusk_train", "camvid:dusk_train")},
     data=_TINY.data | dict(base=180, scales=tuple(range(7, 15))),
     adaptation=_TINY.adaptation | dict(engine="classical", alpha=1.5),
-    size=(180, 240))
+    size=(180, 240),
+    settings={  # one video, cut in two with a gap of two frames: adapt on one half, report on both
+        "first half": dict(targets={"seen": (_DUSK[0], _DUSK[0]), "unseen": (_DUSK[0], _DUSK[1])}),
+        "second half": dict(targets={"seen": (_DUSK[1], _DUSK[1]), "unseen": (_DUSK[1], _DUSK[0])})})
+_IDD = dataclasses.replace(
+    _CAMVID,
+    name="idd", targets={"idd": ("idd_lite:train", "idd_lite:val")}, size=(160, 224),
+    settings={"scenes": dict(source="scenes:train", source_val=None, data=_TINY.data)},
+    note=_TINY.note + "; 19 classes are folded into IDD-Lite's seven for measuring")
 _SETS = dict(citys="cityscapes", bdd="bdd100k", map="mapillary", acdc="acdc", darkzurich="darkzurich")
 _TARGETS = {short: (f"{name}:train", f"{name}:val") for short, name in _SETS.items()}
 _PAPER = Preset(
@@ -142,7 +157,7 @@ _PAPER.settings["cityscapes 1024"] = _PAPER.settings["cityscapes"] | dict(  # Ta
     targets={"acdc": _TARGETS["acdc"]}, model=_PAPER.model | dict(image_size=1024),
     data=_PAPER.data | dict(crop=1024, base=1024, max_long=4096),
     training=_PAPER.training | dict(lr=6e-5, batch_size=8, warmup=10_000), window=1024, stride=683)
-PRESETS = {p.name: p for p in (_TINY, _CAMVID, _PAPER)}
+PRESETS = {p.name: p for p in (_TINY, _CAMVID, _IDD, _PAPER)}
 
 # %% ../../nbs/50_experiments.ipynb #75e300b3
 def plan(
