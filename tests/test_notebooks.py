@@ -49,8 +49,6 @@ def test_table9_from_an_empty_ledger(tmp_path):
 
 @pytest.mark.parametrize("wrong, says", [
     (["-p", "preset", "huge"], "use one of auto, tiny, camvid, idd, paper"),
-    (["-p", "preset", "paper"], "put it there|unpack it there|name the folder"),
-    (["-p", "preset", "camvid", "-p", "data_root", "nowhere"], "camvid"),
     (["-p", "preset", "tiny", "-p", "seeds", "[3,4]"], "not a list"),
     (["-p", "prest", "tiny"], "unknown parameter prest")])
 def test_table9_refuses(wrong, says, tmp_path):

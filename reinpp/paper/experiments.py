@@ -153,6 +153,10 @@ _PAPER = Preset(
         "three sources": dict(source="urbansyn:train+synthia:train+gtav:train"),
         "cityscapes": dict(source="cityscapes:train", source_val="cityscapes:val",
             targets={t: _TARGETS[t] for t in ("acdc", "darkzurich", "bdd", "map")})})
+_PAPER.settings["cityscapes 1024"] = _PAPER.settings["cityscapes"] | dict(  # Table IV
+    targets={"acdc": _TARGETS["acdc"]}, model=_PAPER.model | dict(image_size=1024),
+    data=_PAPER.data | dict(crop=1024, base=1024, max_long=4096),
+    training=_PAPER.training | dict(lr=6e-5, batch_size=8, warmup=10_000), window=1024, stride=683)
 PRESETS = {p.name: p for p in (_TINY, _CAMVID, _IDD, _PAPER)}
 
 # %% ../../nbs/50_experiments.ipynb #75e300b3
@@ -166,6 +170,7 @@ def plan(
     setting: str | None = None,  # another source, a key of the preset's `settings`
     augment: str | None = None,  # "pasta" or "advstyle": a further augmentation of the source
     model: dict = {},  # changes to `create_segmenter`'s arguments, of the source model too
+    training: dict = {},  # changes to `fit`'s arguments, of this run alone
     **adaptation,  # changes to the preset's adaptation settings
 ) -> Experiment:
     "The run that a cell of a table needs. Raises ValueError for an unknown preset, method, setting or target."
@@ -177,7 +182,7 @@ def plan(
     own, adapts = method == "rein_a", method in ("rein_a", "control")
     if own: check_choice("target", target, p.targets)
     adapter = model.get("adapter", "rein_g" if adapts else method)
-    training = dict(p.adapt_training if adapts else p.training)
+    training = dict(p.adapt_training if adapts else p.training) | training
     if limit := min((n for n in (limit_iterations, adapt_iterations if adapts else None) if n), default=None):
         training["iterations"] = min(limit, training["iterations"])
         training["warmup"] = min(training.get("warmup", 0), limit // 10)

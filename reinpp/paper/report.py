@@ -60,9 +60,9 @@ def found(
         if row["method"] in ("rein_a", "control"):
             lengths.append(dict(adapt_iterations=short_iterations))
         lengths.append(dict(limit_iterations=short_iterations))
-    target = target if row["method"] == "rein_a" else None
+    given = dict(target=target if row["method"] == "rein_a" else None) | row  # a row may have a target of its own
     for length in lengths:
-        records = [ledger.get(plan(preset, seed=seed, target=target, **length, **row)) for seed in seeds]
+        records = [ledger.get(plan(preset, seed=seed, **length, **given)) for seed in seeds]
         if any(records): return [r for r in records if r]
     return []
 
