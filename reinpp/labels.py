@@ -113,10 +113,11 @@ def legend(
     classes: Iterable[int] | None = None,  # class numbers to show, all by default
     columns: int = 1,  # columns of the legend
     names: Sequence[str] = CLASSES,  # what the numbers are called
+    colours: np.ndarray = _COLOURS,  # (K, 3) uint8 RGB
 ) -> None:
     "Draw the colour key of the classes on `ax`."
     from matplotlib.patches import Patch
     ids = range(len(names)) if classes is None else classes
     ax.axis("off")
-    ax.legend(handles=[Patch(color=_COLOURS[i] / 255, label=names[i]) for i in ids], loc="center", ncols=columns,
+    ax.legend(handles=[Patch(color=colours[i] / 255, label=names[i]) for i in ids], loc="center", ncols=columns,
               frameon=False, fontsize=8)

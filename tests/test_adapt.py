@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 from reinpp.adaptation.rein_a import ReinA
+from reinpp.command_line import main
+from reinpp.labels import PALETTE
 from reinpp.models.segmenter import load_segmenter
 
 matplotlib.use("Agg")
@@ -109,6 +111,27 @@ def test_everything_comes_out(finished):
         (run / "log.jsonl").read_text().splitlines()[0])
     assert json.loads((out / "record.json").read_text())["training"]["finished"]
     assert not (finished / "night" / "masks").exists()
+
+
+def test_reinpp_predict_gives_the_pages_labels_pixel_for_pixel(finished, tmp_path):
+    out = finished / "out"
+    assert main(["predict", str(finished / "night"), "--adapter", str(out / "adapter"), "--out", str(tmp_path)]) == 0
+    for file in sorted((out / "predictions" / "trainids").glob("*.png")):
+        assert (np.asarray(Image.open(file)) == np.asarray(Image.open(tmp_path / "trainids" / file.name))).all()
+    use = json.loads((out / "adapter" / "use.json").read_text())
+    assert use["classes"] == ["road", "car", "sky"] and use["colours"] == PALETTE[[0, 13, 10]].tolist()
+    assert use["window"] == 64 and use["fit"][1] == 64
+
+
+@pytest.mark.parametrize("key, value", [
+    ("window", "64"), ("stride", 100), ("colours", [[0, 0, 256]] * 3), ("classes", ["a"]), ("more", 1)])
+def test_a_use_of_another_form_is_refused(finished, tmp_path, capsys, key, value):
+    shutil.copytree(finished / "out" / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "use.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert main(["predict", str(finished / "night"), "--adapter", str(tmp_path / "adapter")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "use.json" in said
 
 
 def test_killed_half_way_it_goes_on(finished, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import sys
 import tomllib
 import types
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reinpp import command_line
+from reinpp import prediction
 from reinpp.command_line import CALLS, HANDED_ON, main
 from reinpp.data.catalog import open_dataset
 from reinpp.labels import ID_MAPS
@@ -105,14 +104,13 @@ def test_predict_refuses(photo, tmp_path, capsys, monkeypatch):
     for name in ("a.png", "a.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / "empty" / name)
     assert "same stem" in wrong(tmp_path / "empty", "--adapter", ADAPTER)
-    monkeypatch.setattr(command_line, "load_segmenter", lambda folder: tiny_segmenter(num_classes=3))
+    monkeypatch.setattr(prediction, "load_segmenter", lambda folder: tiny_segmenter(num_classes=3))
     assert "use trainids" in wrong(photo, "--adapter", "x", "--values", "ids")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_video_without_pyav_is_one_line(tmp_path, capsys):
-    if find_spec("av"):
-        pytest.skip("PyAV is here")
+def test_a_video_without_pyav_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prediction.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'reinpp[video]'" in fails(capsys, "predict", tmp_path / "a.mp4", "--adapter", ADAPTER)
 
 
@@ -121,7 +119,7 @@ def test_a_video_goes_frame_by_frame(tmp_path, capsys, monkeypatch):
     order = []
 
     class Media:
-        streams = types.SimpleNamespace(video=[types.SimpleNamespace(average_rate=25)])
+        streams = types.SimpleNamespace(video=[types.SimpleNamespace(average_rate=25, frames=2)])
         def __enter__(self): return self
         def __exit__(self, *error): pass
         def mux(self, packets): pass
@@ -137,7 +135,7 @@ def test_a_video_goes_frame_by_frame(tmp_path, capsys, monkeypatch):
     av.open = lambda *a: Media()
     av.VideoFrame = types.SimpleNamespace(from_ndarray=lambda array, format: array)
     monkeypatch.setitem(sys.modules, "av", av)
-    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: av)
+    monkeypatch.setattr(prediction.importlib.util, "find_spec", lambda name: av)
     (tmp_path / "a.mp4").write_bytes(b"")
     assert main(["predict", str(tmp_path / "a.mp4"), "--adapter", ADAPTER, "--out", str(tmp_path), "--json"]) == 0
     assert order == ["decode", (32, 48, 3), "decode", (32, 48, 3), "end"]
@@ -183,3 +181,28 @@ def test_doctor(tmp_path, capsys):
 @pytest.mark.parametrize("arguments", [[], ["predictt"], ["doctor", "--no-such"]])
 def test_wrong_commands_are_one_line(arguments, capsys):
     assert "--help says more" in fails(capsys, *arguments)
+
+
+def test_a_clip_comes_back_with_its_labels_painted(tmp_path, capsys):
+    av = pytest.importorskip("av", reason="needs PyAV: pip install 'reinpp[video]'")
+    clip, adapter = tmp_path / "clip.mp4", load_segmenter(ADAPTER)
+    with av.open(str(clip), "w") as sink:
+        stream = sink.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for k in range(4):
+            frame = np.full((64, 96, 3), 40 * k, np.uint8)
+            sink.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        sink.mux(stream.encode())
+    made = ["--adapter", ADAPTER, "--out", str(tmp_path), "--labels", "--json"]
+    assert main(["predict", str(clip), *made]) == 0
+    report = json.loads(capsys.readouterr().out)
+    labels = sorted((tmp_path / "trainids" / "clip").glob("*.png"))
+    assert report["frames"] == 4 == len(labels) and labels[0].name == "000000.png"
+    with av.open(str(clip)) as source, av.open(report["out"]) as painted:
+        frames = [f.to_ndarray(format="rgb24") for f in source.decode(video=0)]
+        assert len([f for f in painted.decode(video=0)]) == 4 and painted.streams.video[0].average_rate == 10
+    image = torch.from_numpy(frames[2].copy()).permute(2, 0, 1)[None] / 255
+    label = adapter.predict(image, adapter.config["image_size"])[0].argmax(0)
+    assert (np.asarray(Image.open(labels[2])) == label.numpy()).all()
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    assert "bad.mp4" in fails(capsys, "predict", tmp_path / "bad.mp4", "--adapter", ADAPTER, "--out", tmp_path)

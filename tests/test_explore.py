@@ -1,5 +1,6 @@
 """The explorer: looks are what the model says, pictures are what the state says, and no slider runs a model."""
 
+import io
 import json
 import subprocess
 import sys
@@ -258,11 +259,13 @@ def test_the_panel_drives_the_state(panel, monkeypatch):
     panel.next.click()
     assert panel.image.value != picture and e.state.index == panel.images.value
     panel.images.value = e.rows()[0].index
-    for name, value in dict(layer="entropy", opacity=0.2, wiper=0.9, token=5, block=1, head=2).items():
+    for name, value in dict(layer="entropy", opacity=0.2, token=5, block=1, head=2).items():
         panel.controls[name].value = value
         assert getattr(e.state, name) == value
-    panel.controls["x"].value = 7
-    assert e.state.pixel[0] == 7 and "query" in panel.why.value and "tokens" in panel.why.value
+    panel.image.wiper = 0.9
+    assert e.state.wiper == 0.9 and panel.image.double
+    panel.image.pixel = [7, 5]
+    assert e.state.pixel == (7, 5) and "query" in panel.why.value and "tokens" in panel.why.value
     assert panel.said.value == ""
 
 
@@ -279,6 +282,26 @@ def test_a_mistake_lists_images_that_can_be_opened(panel):
     index = panel.found.options[-1][1]
     panel.found.value = index
     assert panel.explorer.state.index == index and panel.said.value == ""
+
+
+def test_a_cell_of_the_matrix_lists_its_images_only(panel):
+    rows, (truth, predicted) = panel.explorer.rows(), panel.mistakes.options[0][1]
+    assert f'data-cell="{truth},{predicted}"' in panel.matrix.value
+    panel.matrix.cell = [truth, predicted]
+    assert [i for _, i in panel.found.options] == [
+        r.index for r in sorted(rows, key=lambda r: -r.confusion[truth, predicted]) if r.confusion[truth, predicted]]
+    empty = next((t, p) for t in range(19) for p in range(19) if not sum(r.confusion[t, p] for r in rows))
+    panel.matrix.cell = list(empty)
+    assert panel.found.options == ()
+
+
+def test_keys_go_to_the_next_image_and_the_picture_is_what_is_rendered(panel):
+    before = panel.explorer.state.index
+    panel.image._handle_custom_msg({"step": 1}, [])
+    assert panel.explorer.state.index != before
+    assert (np.asarray(Image.open(io.BytesIO(panel.image.value))) == panel.explorer.picture()).all()
+    panel.image._handle_custom_msg({"step": -1}, [])
+    assert panel.explorer.state.index == before
 
 
 def test_an_upload_and_a_bad_one(panel, tmp_path):

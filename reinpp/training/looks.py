@@ -221,10 +221,10 @@ def confusion_table(
     keep = np.flatnonzero(total.sum(1))
     if not len(keep): return "No labels here, so there is no confusion matrix."
     share = 100 * total / np.maximum(total.sum(1, keepdims=True), 1)
-    cell = '<td style="text-align:right;padding:0 3px;background:rgba(230,30,60,{:.2f})">{}</td>'
+    cell = '<td data-cell="{},{}" style="text-align:right;padding:0 3px;background:rgba(230,30,60,{:.2f})">{}</td>'
     head = "".join(f'<th style="writing-mode:vertical-rl;font-weight:normal">{html.escape(n)}</th>' for n in names)
     body = "".join(
         f'<tr><th style="text-align:right;font-weight:normal">{html.escape(names[t])}</th>'
-        + "".join(cell.format(0 if t == p else share[t, p] / 100, f"{share[t, p]:.0f}" if total[t, p] else "")
+        + "".join(cell.format(t, p, 0 if t == p else share[t, p] / 100, f"{share[t, p]:.0f}" if total[t, p] else "")
                   for p in range(len(names))) + "</tr>" for t in keep)
     return f'<table style="font-size:11px;line-height:1.3"><tr><th>truth \\ predicted</th>{head}</tr>{body}</table>'
