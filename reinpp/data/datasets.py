@@ -215,7 +215,9 @@ def _reading(path) -> Iterator[None]:
 
 def _decode(path, kind, modes, rotation="refuse"):
     "The pixels of a file of one of PIL's `modes`; of an image in RGB."
-    with _reading(path), Image.open(io.BytesIO(read_bytes(path)) if isinstance(path, Member) else path) as file:
+    formats = ("PNG", "JPEG") if kind == "image" else ("PNG",)  # others may start programs, as EPS does
+    with _reading(path), Image.open(io.BytesIO(read_bytes(path)) if isinstance(path, Member) else path,
+            formats=formats) as file:
         if file.mode not in modes:
             raise BadFile(f"{path}: {kind} of mode {file.mode}; can be read: {', '.join(modes)}. Convert the file")
         if rotation != "ignore" and file.getexif().get(0x0112, 1) in range(2, 9):
