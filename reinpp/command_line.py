@@ -403,8 +403,8 @@ def main(
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         _complain(error)
         return 2
-    except KeyboardInterrupt:
-        _complain("stopped")
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "stopped")
         return 130
 
 
