@@ -161,7 +161,7 @@ def test_every_bundled_adapter_is_a_run_of_a_preset_as_it_is_now():
 
 
 def test_a_run_that_others_would_wait_with_is_refused(tmp_path):
-    refused = pytest.raises(RuntimeError, match="under way in another run: start this one again")
+    refused = pytest.raises(RuntimeError, match="another run, process .*: start this one again")
     with locked(tmp_path / ".lock", patient=True):
         with refused, locked(tmp_path / ".lock"):
             pass
