@@ -214,8 +214,8 @@ def main(
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         complain(error)
         return 2
-    except KeyboardInterrupt:
-        complain("stopped")
+    except KeyboardInterrupt as error:
+        complain(str(error) or "stopped")
         return 130
 
 

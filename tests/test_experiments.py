@@ -15,6 +15,7 @@ from reinpp.paper import runs
 from reinpp.paper.experiments import METHODS, PRESETS, Ledger, plan
 from reinpp.paper.runs import estimate, find_adapter, run
 from reinpp.paper.tables import check_parameters, choose_preset, missing_for_paper
+from reinpp.training.run_folder import locked
 
 # record -> the arguments of `plan` that make it
 FROZEN = json.loads((Path(__file__).parent / "frozen_keys.json").read_text())
@@ -160,12 +161,13 @@ def test_every_bundled_adapter_is_a_run_of_a_preset_as_it_is_now():
 
 
 def test_a_run_that_others_would_wait_with_is_refused(tmp_path):
-    refused = pytest.raises(RuntimeError, match="under way in another run: start this one again")
-    with runs._locked(tmp_path, patient=True):
-        with refused, runs._locked(tmp_path, patient=False):
+    refused = pytest.raises(RuntimeError, match="another run, process .*: start this one again")
+    with locked(tmp_path / ".lock", patient=True):
+        with refused, locked(tmp_path / ".lock"):
             pass
-    with runs._locked(tmp_path, patient=False):
+    with locked(tmp_path / ".lock"):
         pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_auto_says_what_it_chose(tmp_path, capsys):

@@ -157,6 +157,14 @@ def _proposals(store, index, geometry, image, pool):
     bits = pack(pad(masks, pool)[0] if len(masks) > pool else masks)
     return F.pad(bits, (0, 0, 0, 0, 0, pool - len(bits)))
 
+# %% ../../nbs/45_rein_a.ipynb #8e0ac0c3
+@patch
+def origin(self: ReinA, key: int, seed: int) -> str:
+    "The names of the two images that a sample is made of."
+    ours, theirs = self.source_sampler.draw(key, seed)[0], self.target_sampler.draw(key, fold(seed, 1))[0]
+    return (f"{self.source.reader.names[self.source.actual(ours)]} and "
+            f"{self.target.reader.names[self.target.actual(theirs, 'image')]}")
+
 # %% ../../nbs/45_rein_a.ipynb #c04b559a
 class PseudoLabel(NamedTuple):
     "What the teacher says about a batch of target crops."

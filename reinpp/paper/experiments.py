@@ -212,6 +212,29 @@ def _model_of(p, adapter, changes):
     return model | dict(adapter=adapter) | {name: value for name, value in more.items() if value}
 
 # %% ../../nbs/50_experiments.ipynb #41168c82
+_RECORD = dict(key=str, config=dict, metrics=dict, training=dict, seconds=float, parameters=dict, versions=dict,
+               commit=str, date=str)  # what a record must have
+_METRICS = dict(miou=(float, type(None)), pixel_accuracy=(float, type(None)), iou=dict, images=int)
+
+
+def _read_record(path) -> dict:
+    "A record that is whole, and the one of its name. Raises ValueError for another."
+    try:
+        record = json.loads(path.read_text())
+        parts = [(record, _RECORD), *((metrics, _METRICS) for metrics in record["metrics"].values())]
+        wrong = [name for part, kinds in parts for name, kind in kinds.items() if not isinstance(part[name], kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is of another type")
+        if not path.stem == record["key"] == _hash(record["config"]):
+            raise ValueError("it is of another run: its settings do not hash to its name")
+        if list(record["metrics"]) != record["config"]["evaluate_on"]:
+            raise ValueError("its metrics are of other domains than its settings")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged ({why}): restore it with git, or delete it and run again") from error
+    return record
+
+
 class Ledger:
     "The records under one folder, `data/results` if none is named."
 
@@ -225,11 +248,7 @@ class Ledger:
     def get(self, experiment: Experiment) -> dict | None:
         "The record of a run, or None. Raises ValueError for one that cannot be read."
         path = self.path(experiment)
-        if not path.exists(): return None
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): restore it with git, or delete it and run again") from error
+        return _read_record(path) if path.exists() else None
 
     def put(self, experiment: Experiment, record: dict) -> Path:
         "Where the record is, now that it is written."
@@ -239,4 +258,4 @@ class Ledger:
 
     def all(self) -> list[dict]:
         "Every record, by key."
-        return [json.loads(f.read_text()) for f in sorted(self.folder.glob("*.json"))]
+        return [_read_record(file) for file in sorted(self.folder.glob("*.json"))]

@@ -21,21 +21,23 @@ from ..adaptation.stm import STM
 from ..data.sampling import Sampler
 from ..data.transforms import TrainTransform
 from ..files import data_folder, duration
-from ..models.adapter_files import read_adapter
+from ..models.adapter_files import SETTINGS, read_adapter
 from ..models.segmenter import Segmenter, create_segmenter
 from .experiments import METHODS, PRESETS, Experiment, Ledger, open_domain, plan
 from ..processes import barrier, broadcast, get_rank, get_world_size, init_process_group, local_batch_size
 from ..training.evaluation import evaluate, evaluate_set
 from ..training.generalize import Generalize
+from ..training.run_folder import Stopped, locked
 from ..training.train import fit
 
 # %% ../../nbs/52_runs.ipynb #7d20be95
 def find_adapter(experiment: Experiment, runs: Path) -> Path | None:
-    "The folder of the adapter that this very run trained, if there is one."
+    "The folder of the adapter that this very run trained, if there is one and it is whole."
     for folder in (runs / experiment.training_key / "adapter", *sorted((data_folder() / "weights").glob("*/"))):
-        file = folder / "adapter_config.json"
-        if file.exists() and json.loads(file.read_text()).get("record", {}).get("key") == experiment.training_key:
-            return folder
+        with contextlib.suppress(ValueError, OSError, TypeError, AttributeError, KeyError):  # not there, or damaged
+            if json.loads((folder / SETTINGS).read_text())["record"].get("key") == experiment.training_key:
+                read_adapter(folder)
+                return folder
     return None
 
 
@@ -102,28 +104,6 @@ def versions() -> dict:
     packages = {m.__name__: m.__version__ for m in (torch, torchvision, timm, reinpp)}
     return dict(python=platform.python_version()) | packages
 
-# %% ../../nbs/52_runs.ipynb #b6e14d72
-@contextlib.contextmanager
-def _locked(folder, patient):
-    """Hold a run's folder; the lock goes with the process, however it ends.
-
-    Another process's lock is waited for if `patient`, else RuntimeError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system: one process at a time
-        yield
-        return
-    with open(folder / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not patient:
-                raise RuntimeError(f"{folder} is under way in another run: start this one again after it") from None
-            print(f"{folder.name} is under way in another process: waiting for it", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
 # %% ../../nbs/52_runs.ipynb #64a9e8b0
 def _train(experiment, segmenter, runs, data_root, made_by, **options):
     "What the record says of training; the segmenter is trained, or loaded with what this very run trained before."
@@ -131,9 +111,14 @@ def _train(experiment, segmenter, runs, data_root, made_by, **options):
     if trained is not None:
         segmenter.load_adapter(trained)
         return read_adapter(trained)[0]["record"]["training"]
-    if get_rank() == 0: print(f"training {experiment}", flush=True)
+    if get_rank() == 0:
+        if (folder / "adapter").exists(): print(f"{folder / 'adapter'} is damaged: made again", flush=True)
+        print(f"training {experiment}", flush=True)
     objective = objective_of(experiment, segmenter, data_root, runs)
     made = fit(objective, run_dir=folder, seed=experiment.seed, **experiment.training, **options)
+    if not made["finished"]:
+        raise RuntimeError(f"{experiment}: {made['done']} iterations are done, as asked; a record is of all of them: "
+                           "run it again without stop_at")
     kept = ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory", "processes")
     training = {k: made[k] for k in kept if k in made} | dict(commit=made_by)
     if get_rank() == 0:
@@ -166,16 +151,23 @@ def run(
     trained: FileNotFoundError or ValueError for a domain that cannot be opened, ValueError for a batch that the
     processes cannot share; RuntimeError if another run under `torchrun` holds the same folder."""
     ledger, runs = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs"
-    device, first = init_process_group(options.get("device")), get_rank() == 0
+    init_process_group(options.get("device"))
     if (record := broadcast(ledger.get(experiment))) is not None: return record
+    return _make(experiment, ledger, runs, data_root, False, **options)
+
+
+def _make(experiment, ledger, runs, data_root, for_adapter, **options):
+    "The record; with `for_adapter` the adapter is there afterwards, too."
+    device, first = init_process_group(options.get("device")), get_rank() == 0
     local_batch_size(experiment.training["batch_size"])  # all this now, rather than after hours of training
     for domain in experiment.evaluate_on: open_domain(domain, data_root)
     if experiment.target: open_domain(experiment.target, data_root, labels=False)
     if experiment.start is not None and broadcast(find_adapter(experiment.start, runs)) is None:
-        run(experiment.start, ledger, runs, data_root, **options)
+        _make(experiment.start, ledger, runs, data_root, True, **options)
     folder = runs / experiment.training_key
-    with _locked(folder, patient=get_world_size() == 1) if first else contextlib.nullcontext():
-        if (record := broadcast(ledger.get(experiment))) is not None: return record  # somebody else has just made it
+    with locked(folder / ".run.lock", patient=get_world_size() == 1) if first else contextlib.nullcontext():
+        known = broadcast(ledger.get(experiment))  # somebody else may just have made it
+        if known is not None and not (for_adapter and broadcast(find_adapter(experiment, runs)) is None): return known
         began, made_by = time.time(), commit()  # the commit that is running, whatever is committed meanwhile
         segmenter = build(experiment, runs)
         training = _train(experiment, segmenter, runs, data_root, made_by, **options)
@@ -187,9 +179,19 @@ def run(
             key=experiment.key, config=experiment.config(), metrics=metrics, training=training,
             seconds=round(time.time() - began, 1), **start, parameters=segmenter.trainable_parameters(),
             versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
-        if first: ledger.put(experiment, record)
-    if first: (folder / "checkpoint.pt").unlink(missing_ok=True)  # the adapter is kept
+        if first and known is None: ledger.put(experiment, record)
+        elif first: print(_compared(experiment, known, record), flush=True)
+        for name in ("checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt") if first else ():
+            (folder / name).unlink(missing_ok=True)  # the adapter is kept
     return broadcast(ledger.get(experiment) if first else None)  # as anybody will read it
+
+
+def _compared(experiment, known, made):
+    "One line: what a model that was trained again scores beside its record, which stays."
+    pairs = {domain: (m["miou"], made["metrics"][domain]["miou"]) for domain, m in known["metrics"].items()}
+    if all(a == b for a, b in pairs.values()): said = "the same mIoU"
+    else: said = ", ".join(f"mIoU on {d} {100 * b:.2f}, recorded {100 * a:.2f}" for d, (a, b) in pairs.items())
+    return f"{experiment} had a record and no adapter here, and was trained again: {said}; its record stays"
 
 # %% ../../nbs/52_runs.ipynb #12c01391
 def estimate(
@@ -256,6 +258,9 @@ def main(
         record = run(wanted, Ledger(a.results), a.runs, a.data_root, workers=a.workers)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"runs: {error}") from None
+    except Stopped as error:
+        print(f"runs: {error}", flush=True)
+        raise SystemExit(130) from None
     if get_rank() == 0:
         print("\n".join(f"{domain}: mIoU {100 * m['miou']:.1f}" for domain, m in record["metrics"].items()))
     return record

@@ -100,6 +100,12 @@ class Generalize(Objective):
         "Take up a `state_dict`. Raises ValueError if it is of another configuration."
         copy_weights(self.state_dict(), state)
 
+# %% ../../nbs/32_generalize.ipynb #bb81126a
+@patch
+def origin(self: Generalize, key: int, seed: int) -> str:
+    "The name of the image that a sample is made of."
+    return self.source.reader.names[self.source.actual(self.sampler.draw(key, seed)[0])]
+
 # %% ../../nbs/32_generalize.ipynb #dba28cb3
 @patch
 def _augmented(self: Generalize, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
