@@ -41,9 +41,12 @@ class HeadOutput:
         labels: Tensor,  # (B, H, W) integer trainIds, 255 = ignore
         num_classes: int,  # K
         num_points: int = 12544,  # points for the matching, and for the loss of each mask
+        valid: Tensor | None = None,  # (B, H, W) bool: pixels of which something is known; None: all
+        generators: list[torch.Generator | None] | None = None,  # of the points, one per image; None: the default one
     ) -> dict[str, Tensor]:  # total = class + mask + dice
         "Eq. 14 for all predictions. Raises ValueError for labels outside 0..K-1 and 255."
-        return mask_classification_loss(self, targets_from_labels(labels, num_classes), num_points)
+        targets = targets_from_labels(labels, num_classes, valid)
+        return mask_classification_loss(self, targets, num_points, generators)
 
     def pixel_loss(self, labels: Tensor) -> Tensor:
         "A mean over pixels: the normalised scores' loss (eq. 15) with all weights 1."

@@ -31,6 +31,8 @@ class PixelOutput:
         labels: Tensor,  # (B, H, W) integer trainIds, 255 = ignore
         num_classes: int,  # K
         num_points: int | None = None,  # not used: there are no masks to look at
+        valid: Tensor | None = None,  # (B, H, W) bool: pixels of which something is known; None: all
+        generators: list | None = None,  # not used: nothing is drawn
     ) -> dict[str, Tensor]:  # total
         """Cross-entropy, float32, averaged over the labelled pixels of all processes; 0 where there is none.
 
@@ -42,7 +44,7 @@ class PixelOutput:
         if strange.any():
             raise ValueError(f"PixelOutput.loss: labels contain {labels[strange].unique().tolist()}, but the head has "
                              f"{num_classes} classes (0..{num_classes - 1}) and {IGNORE} for ignore")
-        return {"total": self.pixel_loss(labels)}
+        return {"total": self.pixel_loss(labels if valid is None else labels.masked_fill(~valid, IGNORE))}
 
     def pixel_loss(self, labels: Tensor) -> Tensor:
         "The same mean over pixels as `loss`, its labels taken on trust."

@@ -14,11 +14,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..data.datasets import Dataset
-from ..data.sampling import Sampler
+from ..data.sampling import Sampler, fold
 from ..data.transforms import adv_style, pasta
 from ..files import check_choice
 from ..models.segmenter import Segmenter
-from ..processes import all_gather, get_world_size, local_rows
+from ..processes import get_world_size
 from .ema import copy_weights, start_teacher, update_teacher, use_weights
 
 # %% ../../nbs/32_generalize.ipynb #bfa08d95
@@ -46,6 +46,11 @@ class Objective:
             self.teacher = {name: t.to(device) for name, t in self.teacher.items()}
         return self
 
+    def generators(self, batch: dict, iteration: int, branch: int = 0) -> list[torch.Generator]:
+        "For the points of a loss, one for each image of a batch: of its seed and key, the iteration and the branch."
+        device = self.segmenter.mean.device
+        return [torch.Generator(device).manual_seed(fold(n, iteration, branch)) for n in batch["draw"].tolist()]
+
     def teacher_weights(self) -> contextlib.AbstractContextManager[nn.Module]:
         "Within this context the segmenter has the averaged weights. Raises ValueError where there are none."
         if self.teacher is None:
@@ -62,7 +67,7 @@ class Generalize(Objective):
         transform: Callable,  # a `TrainTransform`
         sampler: Sampler | None = None,  # None: every image once an epoch, shuffled
         num_points: int = 12544,  # points a mask that matching and losses look at
-        augment: str | None = None,  # "pasta" or "advstyle": rivals' augmentation of the batch
+        augment: str | None = None,  # "pasta" or "advstyle": a rival's augmentation
         ema: float | None = None,  # average the trained weights, with this share of the old average; None: no average
     ):
         check_choice("augment", augment, (None, "pasta", "advstyle"))
@@ -73,17 +78,23 @@ class Generalize(Objective):
         self.num_points, self.augment, self.ema = num_points, augment, ema
 
     def sample(self, key: int, seed: int) -> dict[str, torch.Tensor]:
-        "image (3, crop, crop) in [0, 1] and label (crop, crop) trainIds."
+        "image (3, crop, crop) in [0, 1], label (crop, crop) trainIds, valid (bool, no padding), draw (of seed, key)."
         index, wanted = self.sampler.draw(key, seed)
         image, label, _ = self.source[index]
-        image, label, _ = self.transform(image, label, wanted_class=wanted)
-        return dict(image=image, label=label)
+        image, label, geometry = self.transform(image, label, wanted_class=wanted)
+        if self.augment == "pasta": image = pasta(image)
+        return dict(image=image, label=label, valid=geometry.valid, draw=fold(seed, key))
 
     def step(self, batch: dict, iteration: int) -> dict[str, torch.Tensor]:
         "Forward and backward of one batch; the loss terms, detached."
-        images, labels = self._augmented(batch["image"], batch["label"])
+        images, labels, valid = batch["image"], batch["label"], batch["valid"]
+        generators = self.generators(batch, iteration)
+        if self.augment == "advstyle":
+            images = torch.cat([images, self._styled(images, labels)])
+            labels, valid = (torch.cat([x, x]) for x in (labels, valid))
+            generators += self.generators(batch, iteration, 1)
         with self.autocast(): output = self.segmenter(images)
-        loss = output.loss(labels, self.segmenter.num_classes, self.num_points)
+        loss = output.loss(labels, self.segmenter.num_classes, self.num_points, valid, generators)
         loss["total"].backward()
         return {name: value.detach() for name, value in loss.items()}
 
@@ -108,14 +119,10 @@ def origin(self: Generalize, key: int, seed: int) -> str:
 
 # %% ../../nbs/32_generalize.ipynb #dba28cb3
 @patch
-def _augmented(self: Generalize, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "The batch that is trained on: as it came, or a rival's."
-    if self.augment == "pasta": return local_rows(pasta(all_gather(images))), labels
-    if self.augment is None: return images, labels
-
+def _styled(self: Generalize, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    "The images in the style that hurts most."
     def style_loss(images):
         with self.autocast(): output = self.segmenter(images)
         return output.pixel_loss(labels) / get_world_size()  # a mean over the whole batch of all processes
 
-    styled = adv_style(images, style_loss, std=self.segmenter.std.flatten().tolist())
-    return torch.cat([images, styled]), torch.cat([labels, labels])
+    return adv_style(images, style_loss, std=self.segmenter.std.flatten().tolist())

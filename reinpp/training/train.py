@@ -50,7 +50,7 @@ def _batches(objective, done, end, batch_size, share, seed, workers, device):
                         pin_memory=device.type == "cuda", worker_init_fn=deaf)
     for batch in loader:
         if isinstance(batch, BadFile): raise batch
-        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        yield {name: value if name == "draw" else value.to(device, non_blocking=True) for name, value in batch.items()}
 
 # %% ../../nbs/31_train.ipynb #3cc186c2
 NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "prompts", "tokens_a", "tokens_b",
