@@ -83,8 +83,8 @@ def synthetic_batch(row: Row, device: torch.device) -> dict[str, torch.Tensor]:
         inside = (line >= start[..., None]) & (line < end[..., None])  # (2, images, limit, axes, cells)
         source_masks, target_masks = pack(inside[..., 0, :, None] & inside[..., 1, None, :])
         target, everywhere = picture(), torch.ones_like(label, dtype=torch.bool)
-        hidden, pasted = (F.interpolate(torch.rand(images, 1, crop // 32, crop // 32, generator=draw), crop)[:, 0] < part
-                          for part in (0.7, 0.5))
+        blocks = F.interpolate(torch.rand(images, 2, crop // 32, crop // 32, generator=draw), crop)
+        hidden, pasted = blocks[:, 0] < 0.7, blocks[:, 1] < 0.5
         made = dict(source=made["image"], source_label=label, source_inside=everywhere, source_masks=source_masks,
             target=target, target_inside=everywhere, target_masks=target_masks, hidden=hidden, pasted=pasted,
             mixed=torch.where(pasted[:, None], made["image"], target))
