@@ -303,6 +303,21 @@ def test_first_mask_is_where_the_first_layer_looks():
     assert region[0, :2, :2].all() and region[0].sum() == 4 and region[1].all()  # the empty proposal is opened
 
 
+def test_attention_starts_as_torchs_one_projection_does():
+    "mmdet: xavier_normal_ on every matrix of the decoder, where q, k and v are one (3 dim, dim): 1 / sqrt(2 dim)."
+    theirs = torch.nn.MultiheadAttention(256, 8)
+    for p in theirs.requires_grad_(False).parameters():
+        if p.ndim > 1: torch.nn.init.xavier_normal_(p)
+    decoder = MaskedDecoder(19).requires_grad_(False)
+    assert theirs.in_proj_weight.std() == pytest.approx(.0442, rel=.02)
+    for layer in decoder.layers:
+        for attention in (layer.cross, layer.attend):
+            for one in (attention.query, attention.key, attention.value):
+                assert one.weight.std() == pytest.approx(theirs.in_proj_weight.std(), rel=.02)
+            assert attention.out.weight.std() == pytest.approx(theirs.out_proj.weight.std(), rel=.02)
+            assert not any(one.bias.any() for one in (attention.query, attention.key, attention.value, attention.out))
+
+
 # ---- precision, caches, copies
 
 def test_bfloat16_autocast():

@@ -276,7 +276,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         for layer in (self.query, self.key, self.value, self.out):
-            nn.init.xavier_normal_(layer.weight)
+            # as mmdet's head: Xavier, where query, key and value are one matrix (3 dim, dim) of torch's attention
+            nn.init.xavier_normal_(layer.weight, 1 if layer is self.out else math.sqrt(1 / 2))
             nn.init.zeros_(layer.bias)
 
     def forward(
