@@ -126,7 +126,12 @@ def test_what_decays_and_what_does_not():
 def test_schedule():
     assert learning_rate(0, 100) == 1 and learning_rate(50, 100) == pytest.approx(0.5 ** 0.9) and 0 < learning_rate(99,
         100) < 0.02
-    assert [learning_rate(i, 10**9, warmup=4) for i in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1e-6)
+    assert [learning_rate(i, 12, warmup=4) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0], "no decay meanwhile"
+    factors = [learning_rate(i, 40_000, warmup=10_000) for i in range(40_000)]
+    assert factors[0] == 1e-4 and factors[9_999] == factors[10_000] == 1 and 0 < factors[-1] < 1e-3
+    assert factors[20_000] == pytest.approx(0.694, abs=5e-4), "decay over the remaining 30,000"
+    assert factors[5_000] == pytest.approx(0.5, abs=1e-3), "the trap of both at once: 0.44"
+    assert [learning_rate(i, 2, warmup=10_000) for i in range(2)] == [1e-4, 2e-4], "a run shorter than its warm-up"
 
 
 # ---- real objectives, small

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
@@ -59,7 +58,9 @@ class Segmenter(nn.Module):
         return self.head(self.features(images), self.adapter.queries())
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
-        "s_k (B, K, H / 4, W / 4) float32 of the last prediction, in about [0, 1]: take the argmax, never a softmax."
+        """s_k (B, K, H / 4, W / 4) float32 of the last prediction, in about [0, 1], as training losses take it.
+
+        Predictions come from `predict`, whose masks are resized before the sigmoid. Never a softmax."""
         return self(images).scores()
 
 # %% ../../nbs/27_segmenter.ipynb #a9df9fa0
@@ -165,8 +166,7 @@ def window_scores(self: Segmenter, images: torch.Tensor) -> torch.Tensor:
         padded = self.mean.to(images.dtype).expand(len(images), 3, *size).clone()
         padded[..., :height, :width] = images
         images = padded
-    scores = F.interpolate(self.scores(images).float(), size, mode="bilinear", align_corners=False)
-    return scores[..., :height, :width]
+    return self(images).scores(size)[..., :height, :width]
 
 # %% ../../nbs/27_segmenter.ipynb #c93a0f5d
 @patch

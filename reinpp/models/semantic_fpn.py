@@ -22,9 +22,14 @@ class PixelOutput:
     "What a head says that labels pixels."
     logits: Tensor  # (B, K, h, w) at stride 4
 
-    def scores(self) -> Tensor:  # (B, K, h, w) float32
+    def scores(
+        self,
+        size: tuple[int, int] | None = None,  # (H, W) of a prediction: logits are resized to it; None: stride 4
+    ) -> Tensor:  # (B, K, H, W), or (B, K, h, w), float32
         "The softmax over the classes: in [0, 1], of sum 1. Argmax it or average it; no second softmax."
-        return self.logits.float().softmax(1)
+        logits = self.logits.float()
+        if size is not None: logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+        return logits.softmax(1)
 
     def loss(
         self,

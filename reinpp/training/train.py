@@ -76,9 +76,9 @@ def parameter_groups(
 
 # %% ../../nbs/31_train.ipynb #466edd77
 def learning_rate(iteration: int, iterations: int, power: float = 0.9, warmup: int = 0) -> float:
-    "Factor on the learning rate: linear warm-up, then polynomial decay to 0."
-    ramp = min(1.0, (iteration + 1) / warmup) if warmup else 1.0
-    return ramp * (1 - iteration / iterations) ** power
+    "Factor on the learning rate: linear warm-up without decay, then polynomial decay to 0 over what remains."
+    if iteration < warmup: return (iteration + 1) / warmup
+    return (1 - (iteration - warmup) / (iterations - warmup)) ** power
 
 # %% ../../nbs/31_train.ipynb #c222677e
 def _check_settings(objective, iterations, batch_size, run_dir, precision, pictures_every, progress):

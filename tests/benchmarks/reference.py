@@ -232,7 +232,9 @@ class Plain(nn.Module):
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] -> scores (B, K, H, W)."
-        return F.interpolate(self(images).scores(), images.shape[-2:], mode="bilinear", align_corners=False)
+        output = self(images)
+        masks = F.interpolate(output.mask_logits[-1], images.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.einsum("bqk,bqhw->bkhw", output.class_logits[-1].softmax(-1)[..., :-1], masks.sigmoid())
 
 
 class PlainTraining:
