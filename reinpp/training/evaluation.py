@@ -328,6 +328,7 @@ def scorecard(
     proposals: Sequence,  # of each image, with `masks` (M, h, w), as a store gives them
     teacher: nn.Module | None = None,  # a second one like the segmenter
     size: tuple[int, int] | None = None,  # (height, width) that the models see
+    fit: tuple[int, int] | None = None,  # (long, short) edge that they stay within, instead of size
     indices: Sequence[int] | None = None,  # of the images; None: all
     block: int = 16,  # side of what is hidden, pixels
     ratio: float = 0.5,  # share that is hidden
@@ -349,7 +350,8 @@ def scorecard(
     try:
         for i in indices:
             image = dataset.read_image(i).as_subclass(torch.Tensor)
-            x = (image if size is None else resize_image(image, size))[None].to(device).float() / 255
+            seen = size if fit is None else short_edge_size(*image.shape[-2:], min(fit), max(fit))
+            x = (image if seen is None else resize_image(image, seen))[None].to(device).float() / 255
             scores = segmenter.predict(x, **options)[0].float()
             shares, found = (scores / scores.sum(0).clamp(min=1e-12)).flatten(1).cpu(), scores.argmax(0)
             views = dict(mirror=segmenter.predict(x.flip(-1), **options).flip(-1),
