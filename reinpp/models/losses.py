@@ -80,12 +80,11 @@ def uniform_points(
     if valid is None: return points
     size = torch.tensor(valid.shape[::-1], device=device)
     x, y = (points * size).long().unbind(-1)
-    place, until = y * size[0] + x, valid.flatten().cumsum(0)  # how many valid pixels there are up to each
-    other = torch.searchsorted(until, (spare * until[-1]).long() + 1).clamp(max=valid.numel() - 1)
-    place = torch.where(valid.flatten()[place], place, other)
+    flat, count, place = valid.flatten(), valid.sum(), y * size[0] + x
+    first = flat.byte().argsort(descending=True, stable=True)  # the valid pixels, then the others
+    place = torch.where(flat[place], place, first[(spare * count).long()])
     centre = (torch.stack([place % size[0], place // size[0]], -1) + 0.5) / size
-    some = (until[-1] > 0) & (until[-1] < valid.numel())
-    return torch.where(some, centre, points)
+    return torch.where((count > 0) & (count < flat.numel()), centre, points)
 
 
 @torch.no_grad()
