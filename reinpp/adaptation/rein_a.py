@@ -36,7 +36,7 @@ from ..models.mask2former import HeadOutput
 from ..models.segmenter import PER_PIXEL, Segmenter
 from ..processes import all_reduce_mean
 from ..training.ema import copy_weights, run_teacher, update_teacher
-from ..training.generalize import Objective
+from ..training.generalize import Objective, default_transform
 
 # %% ../../nbs/45_rein_a.ipynb #349addb3
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class ReinA(Objective):
         segmenter: Segmenter,  # trained on the source: the student
         source: Dataset,  # labelled (several: `datasets.concat`)
         target: Dataset,  # opened with labels=False
-        transform: TrainTransform,  # for the source; the target gets the same without colours
+        transform: TrainTransform | None = None,  # for the source; the target gets the same without colours
         source_proposals: ProposalStore | None = None,  # of the source: needed for STM
         target_proposals: ProposalStore | None = None,  # of the target: needed for STM
         stm: STM | None = None,  # None: without it
@@ -129,6 +129,7 @@ class ReinA(Objective):
                 raise ValueError(f"ReinA: {name}_proposals are for {len(store)} images, the {name} has {len(data)}")
         super().__init__(segmenter, stm)
         self.source, self.target, self.settings = source, target, settings
+        transform = transform or default_transform(segmenter)
         self.transform, self.target_transform = transform, copy.copy(transform)
         self.target_transform.photometric = False  # the teacher sees the clean crop
         self.source_sampler = Sampler(source, rcs=settings.rcs, min_pixels=transform.min_class_pixels or 0)
