@@ -8,6 +8,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+import zoo
 from fastcore.docments import docments
 
 import reinpp
@@ -122,7 +123,9 @@ def add_docments(app, what, name, value, options, lines):
 
 # ---- The extension
 
-MADE = {"public names": public} | {f"wing {name or 'ground'}": lambda name=name: wing(name) for name in WINGS}
+MADE = {"public names": public, "zoo measured": zoo.measured, "zoo weights": zoo.weights, "zoo paper": zoo.paper,
+    "card": zoo.card}
+MADE |= {f"wing {name or 'ground'}": lambda name=name: wing(name) for name in WINGS}
 
 
 def read(app, docname, content):
