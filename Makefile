@@ -2,6 +2,7 @@
 # make test   clean and export leave the tree unchanged, the notebooks run, pytest passes
 # make style the code's one hand, by ruff
 # make lab    JupyterLab
+# make docs   the site in _docs/html/: notebooks, guides, API
 # make readme README.md from nbs/index.ipynb
 # make clean  removes what was built here (.venv and data/ stay)
 #
@@ -18,7 +19,7 @@ ACTIVE    := PATH="$(BIN):$$PATH"
 # Python 3.11 to 3.13 that can make a virtual environment
 SUITABLE  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test style lab readme clean
+.PHONY: help demo test style lab docs readme clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -44,6 +45,10 @@ style: $(INSTALLED)
 
 lab: $(INSTALLED)
 	@$(ACTIVE) jupyter lab
+
+docs: $(INSTALLED)
+	@$(ACTIVE) sphinx-build -q -c docs -d _docs/doctrees . _docs/html
+	@echo "open _docs/html/index.html"
 
 readme: $(INSTALLED)
 	@$(ACTIVE) jupyter nbconvert --config .ci/readme.py --log-level WARN --output-dir . nbs/index.ipynb
