@@ -309,12 +309,14 @@ def test_attention_starts_as_torchs_one_projection_does():
     for p in theirs.requires_grad_(False).parameters():
         if p.ndim > 1: torch.nn.init.xavier_normal_(p)
     decoder = MaskedDecoder(19).requires_grad_(False)
-    assert theirs.in_proj_weight.std() == pytest.approx(.0442, rel=.02)
+    def spread(weight): return pytest.approx(weight.std().item(), rel=.02)
+
+    assert spread(theirs.in_proj_weight) == .0442 and spread(theirs.out_proj.weight) == .0625
     for layer in decoder.layers:
         for attention in (layer.cross, layer.attend):
             for one in (attention.query, attention.key, attention.value):
-                assert one.weight.std() == pytest.approx(theirs.in_proj_weight.std(), rel=.02)
-            assert attention.out.weight.std() == pytest.approx(theirs.out_proj.weight.std(), rel=.02)
+                assert one.weight.std().item() == spread(theirs.in_proj_weight)
+            assert attention.out.weight.std().item() == spread(theirs.out_proj.weight)
             assert not any(one.bias.any() for one in (attention.query, attention.key, attention.value, attention.out))
 
 
