@@ -28,7 +28,7 @@ from ..files import BadFile, device_name, write_atomically
 from ..processes import broadcast, get_rank
 
 # %% ../../nbs/36_run_folder.ipynb #6b102ce0
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2") if hasattr(signal, n)]
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
 
 
 class TrainingError(RuntimeError):
