@@ -7,6 +7,7 @@ from pathlib import Path
 from reinpp.paper.experiments import METHODS, PRESETS, Ledger, plan
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = "tiny", "camvid", "idd"
 # Method, target and setting of the paper preset's main runs.
 MAIN = (("rein_g", None, None), ("rein_a", "citys", None), ("rein_a", "acdc", "cityscapes"),
     ("rein_a", "darkzurich", "cityscapes"))
@@ -35,22 +36,26 @@ def planned(preset, method, target=None, **changes):
 
 def measured():
     "One row for each run of a small preset that the ledger has, and each of its test splits."
-    rows = []
-    for preset in ("tiny", "camvid", "idd"):
+    rows, seen = [], set()
+    for preset in SMALL:
         for method in METHODS:
             for target in PRESETS[preset].targets if method == "rein_a" else (None,):
                 run, records = planned(preset, method, target)
+                if run.key in seen: continue  # one run that serves two targets
+                seen.add(run.key)
                 for split in run.evaluate_on if records else ():
                     rows.append({"preset": preset, "method": method, "source": run.source,
                         "adapted to": run.target or "", "proposals": (run.adaptation or {}).get("engine", ""),
                         "tested on": split, "mIoU": scores(records, split)})
-    return table(rows)
+    earlier = [len(list(folder.glob("*.json"))) for folder in sorted((ROOT / "data" / "results").glob("v*/"))]
+    note = f"\n\nBesides, {sum(earlier)} records of earlier versions, which do not count here." if earlier else ""
+    return (table(rows) if rows else "No run of this version is in the ledger yet.") + note
 
 
 def weights():
     "One row for each bundled adapter."
     by_key = {}
-    for preset in ("tiny", "camvid"):
+    for preset in SMALL[:2]:
         for method, target in (("rein_g", None), *(("rein_a", t) for t in PRESETS[preset].targets)):
             for seed in range(3):
                 run = plan(preset, method, seed, target)
