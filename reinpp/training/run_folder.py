@@ -116,6 +116,11 @@ class RunFolder:
 
     def seconds(self) -> float: return self.earlier + time.perf_counter() - self.start
 
+    def asked(self) -> Path | None:
+        "The file that asks this run to stop, if somebody put it there."
+        file = self.folder / "stop" if self.writes else None
+        return file if file and file.exists() else None
+
     def where(self) -> str:
         at = f"at iteration {self.done} of {self.settings['iterations']}"
         return f"{at}, which {self.folder} holds: the same call goes on" if self.folder else at
@@ -253,7 +258,7 @@ def log(self: RunFolder, terms: dict, lr: float) -> None:
     "Add a line to the log."
     self.check()
     values = {k: [t[k] for t in self.unlogged if k in t] for k in terms}
-    entry = dict(iteration=self.done, seconds=round(self.seconds(), 2), lr=lr,
+    entry = dict(iteration=self.done, of=self.settings["iterations"], seconds=round(self.seconds(), 2), lr=lr,
                  **{k: sum(v) / len(v) for k, v in values.items()})
     with open(self.folder / "log.jsonl", "a") as f: f.write(json.dumps(entry) + "\n")
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset as TorchDataset, default_collat
 from ..data.sampling import fold
 from ..files import PROGRESS, BadFile, Progress, check_choice
 from ..processes import all_gather, all_reduce_gradients, barrier, get_rank, init_process_group, local_batch_size
-from .run_folder import RunFolder, Signals, TrainingError, deaf, leave
+from .run_folder import RunFolder, Signals, Stopped, TrainingError, deaf, leave
 
 # %% ../../nbs/31_train.ipynb #354d4484
 class _Draws(TorchDataset):
@@ -114,7 +114,8 @@ def _step(objective, optimizer, batch, iteration, named, clip, run, signals) -> 
 
     Raises TrainingError, and moves nothing, where a loss or a gradient is not finite."""
     terms = objective.step(batch, iteration)
-    terms = all_reduce_gradients(named.values(), terms | dict(stop=torch.tensor(float(signals.caught > 0))))
+    stop = torch.tensor(float(bool(signals.caught or run.asked())))
+    terms = all_reduce_gradients(named.values(), terms | dict(stop=stop))
     if clip: norm = torch.nn.utils.clip_grad_norm_(named.values(), clip)
     else: norm = torch.nn.utils.get_total_norm([p.grad for p in named.values() if p.grad is not None])
     terms = _floats(terms | dict(gradient=norm))
@@ -156,7 +157,7 @@ def fit(
     when the checkpoint belongs to other settings or is damaged, or when processes cannot share the batch or start
     differently; RuntimeError while another process trains in `run_dir`; `TrainingError` when a loss or a gradient is
     not finite in any process or `run_dir` cannot be written to, `BadFile` when a sample cannot be read; the last
-    checkpoint stays. A signal to stop: `Stopped` (SIGINT) or SystemExit, with a checkpoint."""
+    checkpoint stays. Asked to stop: `Stopped` (SIGINT, a file `stop` in `run_dir`) or SystemExit, with a checkpoint."""
     device = init_process_group(device)
     _check_settings(objective, iterations, batch_size, run_dir, precision, pictures_every, progress)
     share, precision = local_batch_size(batch_size), _move(objective, device, precision)
@@ -185,6 +186,9 @@ def fit(
                 if stop: break
         barrier()  # for the last checkpoint
         objective.segmenter.eval()
+        if file := run.asked():
+            file.unlink()
+            raise Stopped(f"stopped by {file} {run.where()}")
         if stop or signals.caught: leave(signals.caught or signal.SIGTERM, run.where())
     return run.record(device, processes=batch_size // share)
 
