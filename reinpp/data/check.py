@@ -114,7 +114,8 @@ def _named(name, root) -> Iterator[_Split]:
         return
     if wanted: check_choice(f"{name} in {folder}: split", wanted, parts)
     for split, part in parts.items():
-        if split != wanted if wanted else len(part.images) > 1: continue  # joined splits are looked at one by one
+        again = len(part.images) > 1 or part.every > 1  # of other splits, which are looked at one by one
+        if split != wanted if wanted else again: continue
         try:
             pairs, problems = _pairs(*source.listing(folder, part))
             yield _Split(name, split, pairs, problems, folder.absolute(), part.count, source.on_error)
