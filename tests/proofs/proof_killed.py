@@ -138,7 +138,7 @@ def test_a_bit_flipped_in_a_checkpoint(undisturbed, tmp_path):
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         (tmp_path / "copy" / "checkpoint.pt").write_bytes(data)
         made = objective(method)
-        record = fit(made, ITERATIONS, 2, run_dir=tmp_path / "copy", lr=1e-3, log_every=5, checkpoint_every=3, stop_at=1,
-            progress="none", device="cpu")
+        record = fit(made, ITERATIONS, 2, run_dir=tmp_path / "copy", lr=1e-3, log_every=5, checkpoint_every=3,
+            stop_at=1, progress="none", device="cpu")
         assert record["done"] > 0 and (tmp_path / "copy" / "checkpoint.damaged.pt").exists()
     note(**{f"bit flips in a checkpoint, {method}": dict(flips=40, accepted=0)})
