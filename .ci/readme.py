@@ -6,7 +6,7 @@ from nbconvert.preprocessors import Preprocessor
 
 
 class FrontPage(Preprocessor):
-    """Drop hidden cells, code that is not to be seen and nbdev's directives, name the language, make links relative to the root instead of nbs/."""
+    """Drop hidden cells, unseen code and nbdev's directives, name the language, make links relative to the root."""
 
     def preprocess(self, nb, resources):
         nb.metadata["language_info"] = {"name": "python"}
