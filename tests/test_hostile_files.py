@@ -2,9 +2,14 @@
 import contextlib
 import io
 import json
+import os
 import pickle
+import random
 import re
+import struct
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+from reinpp import files
 from reinpp.adaptation import sam
 from reinpp.adaptation.sam import SAM2
 from reinpp.data.datasets import LabelForm, read_image, read_label
-from reinpp.files import BadFile
+from reinpp.files import BadFile, list_files, read_bytes
 from reinpp.models.export import export, load_program
 from reinpp.models.segmenter import create_segmenter
 
@@ -195,3 +201,163 @@ def test_what_is_no_configuration_is_named(content, configuration, tmp_path):
         with pytest.raises(ValueError, match="sam2: model=") as told:
             sam._sam2_net(model, 256)
         assert "\n" not in str(told.value)
+
+
+# ---------------------------------------------------------------- images, labels, archives
+
+def png(pixels, **options):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def chunks_of(data):
+    "Start and length of a PNG's IDAT body."
+    at = data.index(b"IDAT")
+    return at + 4, int.from_bytes(data[at - 4:at])
+
+
+IDS = LabelForm({i: 0 for i in range(256)})
+
+
+@pytest.mark.parametrize("read", [lambda path: read_label(path, IDS), read_image])
+def test_every_flipped_bit_of_a_png_is_noticed(read, tmp_path):
+    data, path = png(np.arange(48, dtype=np.uint8).reshape(6, 8)), tmp_path / "a.png"
+    path.write_bytes(data)
+    right = read(path)
+    for at in range(len(data)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        with pytest.raises(BadFile, match="a.png: "):
+            read(path)
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(BadFile, match="a.png: cannot be read"):
+            read(path)
+    path.write_bytes(data + b"and more")
+    assert (read(path) == right).all()
+
+
+def test_the_checksum_of_a_labels_pixels_is_checked_too(tmp_path):
+    "A writer that signs damaged pixels: only zlib's own checksum can tell."
+    data, path = png(np.arange(48, dtype=np.uint8).reshape(6, 8)), tmp_path / "a.png"
+    start, length = chunks_of(data)
+    body = data[start:start + length]
+    end = bytes([body[-1] ^ 1])
+    for wrong in (body[:-1] + end, body[:-4], zlib.compress(bytes(54 * 100)), zlib.compress(bytes(20))):
+        crc = zlib.crc32(b"IDAT" + wrong).to_bytes(4)
+        path.write_bytes(data[:start - 8] + len(wrong).to_bytes(4) + b"IDAT" + wrong + crc + data[start + length + 4:])
+        with pytest.raises(BadFile, match="a.png: cannot be read"):
+            read_label(path, IDS)
+
+
+@pytest.mark.parametrize("mode, bits", [("1", 1), ("L", 2), ("L", 4)])
+def test_grey_labels_of_few_bits_are_refused(mode, bits, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8) * 255).convert(mode).save(path, "PNG")
+    data = bytearray(path.read_bytes())
+    if mode == "L":  # what PIL does not write itself: two pixels in a row of one byte
+        rows = zlib.compress(b"".join(b"\0" + bytes([value << 4]) for value in (1, 2)))
+        head = struct.pack(">IIBBBBB", 2, 2, bits, 0, 0, 0, 0)
+        parts = ((b"IHDR", head), (b"IDAT", rows), (b"IEND", b""))
+        data = data[:8] + b"".join(
+            len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4) for kind, body in parts)
+    path.write_bytes(data)
+    with pytest.raises(BadFile, match=f"a.png: a grey label of {bits} bits"):
+        read_label(path, IDS)
+
+
+def test_labels_of_a_palette_are_read_as_they_are(tmp_path):
+    ids, path = np.arange(16, dtype=np.uint8).reshape(4, 4), tmp_path / "a.png"
+    file = Image.fromarray(ids, "P")
+    file.putpalette([255 - i for i in range(48)])
+    form = LabelForm({i: i for i in range(16)})
+    for options in ({}, dict(bits=4), dict(optimize=True)):
+        file.save(path, "PNG", **options)
+        assert (read_label(path, form) == ids).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_the_number_of_pixels_is_limited_before_they_are_decoded(kind, tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((60, 100), np.uint8)).save(path, kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    assert read_image(path).shape == (60, 100, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5999)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with warnings.catch_warnings(), pytest.raises(BadFile, match="a.png: 100x60 pixels, more than PIL.Image.MAX_IMAGE"):
+        warnings.simplefilter("ignore")
+        read_image(path)
+
+
+def test_names_are_shown_in_one_line(tmp_path):
+    for name in ("a\nb.png", "a\x1b[2Jb.png", os.fsdecode(b"a\xffb.png")):
+        (tmp_path / name).write_text("none")
+        with pytest.raises(BadFile) as told:
+            read_image(tmp_path / name)
+        assert str(told.value).isprintable() and "cannot be read" in str(told.value)
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    (tmp_path / "c.png").symlink_to(tmp_path / "nowhere")
+    for name in ("a.png", "b.png", "c.png"):
+        with pytest.raises(BadFile, match=f"{name}: cannot be read"):
+            read_image(tmp_path / name)
+    os.mkfifo(tmp_path / "d.zip")
+    assert list_files(tmp_path, "images") is None
+
+
+def test_links_in_circles_are_walked_once(tmp_path):
+    base = tmp_path / "set" / "images"
+    (base / "ulm").mkdir(parents=True)
+    (base / "ulm" / "a.png").touch()
+    for name, to in (("up", base), ("top", tmp_path), ("again", base / "ulm"), ("other", tmp_path / "elsewhere")):
+        (base / name).symlink_to(to)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.png").touch()
+    (tmp_path / "elsewhere" / "back").symlink_to(base)
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "elsewhere")
+    found = sorted(str(path.relative_to(base)) for path in list_files(tmp_path / "set", "images", deep=True))
+    assert found == ["other/b.png", "ulm/a.png"]
+
+
+def packed(path, content=b"x" * 1000, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("images/a.png", content)
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("fault", ["damaged", "encrypted", "method", "bomb", "gone", "header"])
+def test_members_of_strange_archives_are_named(fault, tmp_path, monkeypatch):
+    path = tmp_path / f"{fault}.zip"
+    data = packed(path)
+    local, central = data.index(b"PK\x03\x04"), data.index(b"PK\x01\x02")
+    if fault == "damaged": data[local + 30 + len("images/a.png") + 2] ^= 255
+    if fault == "encrypted": data[local + 6] = data[central + 8] = 1
+    if fault == "method": data[local + 8] = data[central + 10] = 99
+    if fault == "header": data[local] = 0
+    if fault == "bomb": monkeypatch.setattr(files, "MOST_BYTES", 999)
+    path.write_bytes(data)
+    member, = list_files(tmp_path, "images")
+    if fault == "gone": member = member._replace(inside="images/b.png")
+    with pytest.raises(BadFile, match=rf"{fault}.zip/images/.\.png: cannot be read") as told:
+        read_image(member)
+    assert "\n" not in str(told.value)
+
+
+def test_an_archive_of_any_damage_is_named(tmp_path):
+    data, path = bytes(packed(tmp_path / "a.zip")), tmp_path / "a.zip"
+    rng, refused = random.Random(0), 0
+    for turn in range(150):
+        bad = bytearray(data)
+        for _ in range(rng.choice((1, 3))): bad[rng.randrange(len(bad))] = rng.randrange(256)
+        path.write_bytes(bad[:rng.randrange(len(bad))] if turn % 3 == 0 else bad)
+        os.utime(path, ns=(turn, turn))
+        files._ARCHIVES.clear()
+        try:
+            for member in list_files(tmp_path, "images") or []: read_bytes(member)
+        except BadFile as error:
+            refused += 1
+            assert "a.zip" in str(error) and str(error).isprintable()
+    assert refused > 30

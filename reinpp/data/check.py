@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -36,7 +35,7 @@ def look(
     problems, sizes, digest = [], {}, None
     try:
         digest = _hash(read_bytes(image), 12)
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, BadFile):
         pass  # reading it as an image says so below
     readers = (image, partial(read_image, rotation=rotation)), (label, partial(read_label, form=form))
     for path, read in readers[:1 if label is None else 2]:
