@@ -1,6 +1,7 @@
 # make demo   five minutes on a CPU: Rein-G, then Rein-A, on embedded scenes
 # make test   clean and export leave the tree unchanged, the notebooks run, pytest passes
 # make style the code's one hand, by ruff
+# make proofs what takes longer: equations broken on purpose, random kills, flipped bits (half an hour)
 # make lab    JupyterLab
 # make docs   the site in _docs/html/: notebooks, guides, API
 # make readme README.md from nbs/index.ipynb
@@ -19,7 +20,7 @@ ACTIVE    := PATH="$(BIN):$$PATH"
 # Python 3.11 to 3.13 that can make a virtual environment
 SUITABLE  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test style lab docs readme clean
+.PHONY: help demo test style lab docs readme clean proofs
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -42,6 +43,9 @@ test: $(INSTALLED) style
 
 style: $(INSTALLED)
 	@$(ACTIVE) ruff check .
+
+proofs: $(INSTALLED)
+	@$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -q tests/proofs/proof_*.py
 
 lab: $(INSTALLED)
 	@$(ACTIVE) jupyter lab

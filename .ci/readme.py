@@ -6,13 +6,14 @@ from nbconvert.preprocessors import Preprocessor
 
 
 class FrontPage(Preprocessor):
-    """Drop hidden cells and nbdev's directives, name the language, make links relative to the root instead of nbs/."""
+    """Drop hidden cells, unseen code and nbdev's directives, name the language, make links relative to the root."""
 
     def preprocess(self, nb, resources):
         nb.metadata["language_info"] = {"name": "python"}
         nb.cells = [cell for cell in nb.cells if not re.match(r"#\|\s*hide\b", cell.source)]
         for cell in nb.cells:
             if cell.cell_type == "code":
+                cell["transient"] = {"remove_source": bool(re.match(r"#\|\s*echo: false", cell.source))}
                 cell.source = re.sub(r"(?m)^#\|.*\n+", "", cell.source)
             else:
                 cell.source = re.sub(r"\]\((?!\w+:|[/#])([^)]+)\)", self._from_root, cell.source)

@@ -163,7 +163,7 @@ def test_levers():
     assert set(found) == set(LEVERS)
     assert all("skipped" in r or r["bytes"]["without"] >= r["bytes"]["given"] for r in found.values()), found
     held = found["frozen weights held in bf16"]["bytes"]
-    assert held["without"] == 2 * held["given"]
+    assert .5 < held["given"] / held["without"] < .6, "all but the blocks' matrices stays in float32"
     assert "NVIDIA GPU" in found["CUDA graphs"]["skipped"]
 
 

@@ -167,6 +167,9 @@ def test_gtavs_sizes_are_listed_and_not_wrong(tmp_path):
         save(np.full((8, 10 + (k == 1)), 7, np.uint8), tmp_path / f"gta/labels/{k}.png")
     report = check("gtav", tmp_path, published=False, cache=None)
     assert report.ok and report.table["other size"].tolist() == [1] and "1.png" in report.problems.file[0]
+    assert report.table.split.tolist() == ["train"], "source_val is some of the same files"
+    for what in ("gtav:source_val", open_dataset("gtav", "source_val", tmp_path)):
+        assert check(what, tmp_path, published=False, cache=None).table.images.tolist() == [1]
 
 
 def test_opened_sets(city, tmp_path):

@@ -14,7 +14,9 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from reinpp.data.catalog import DATASETS, open_dataset
 from reinpp.data.datasets import Dataset
+from reinpp.files import data_folder
 from reinpp.labels import CLASSES, ID_MAPS, PALETTE
+from reinpp.models.segmenter import load_segmenter
 from reinpp.training.evaluation import (
     CONDITIONS,
     SETS,
@@ -100,6 +102,42 @@ def test_batches_change_nothing(batch):
     assert json.dumps(evaluate(table, ds, batch=batch)) == json.dumps(evaluate(Table(), ds))
     assert sum(shape[0] for shape, *_ in table.calls) == 10 and max(shape[0] for shape, *_ in table.calls) <= batch
     assert len(table.calls) == {1: 10, 3: 4, 100: 3}[batch]
+
+
+@pytest.mark.parametrize("name, split, count", [
+    ("scenes_rein_g_seed0", "val", 6), ("scenes_rein_a_snow_seed0", "snow/val", 4)])
+def test_bf16_evaluates_as_float32_does(name, split, count, tmp_path):
+    "What a GPU does by default, on bundled models."
+    segmenter, ds = load_segmenter(data_folder() / "weights" / name), open_dataset("scenes", split, count=count)
+    miou, found = {}, {}
+    for precision in ("float32", "bf16"):
+        folder = tmp_path / precision
+        miou[precision] = 100 * evaluate(segmenter, ds, window=128, precision=precision, save=folder)["miou"]
+        found[precision] = np.stack([np.asarray(Image.open(f)) for f in sorted((folder / "trainids").iterdir())])
+    same = (found["float32"] == found["bf16"]).mean()
+    print(f"{name} on {split}: mIoU {miou}; {same:.2%} of pixels alike")
+    assert .995 <= same < 1, "rounded, and hardly"
+    assert abs(miou["float32"] - miou["bf16"]) < .1
+
+
+def test_precision_follows_the_device(monkeypatch):
+    class Asks(Table):
+        def predict(self, images, window=None, stride=None):
+            self.half = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+            return super().predict(images)
+    model, ds = Asks(), random_set(SIZES[:1])
+    for precision, half in (("auto", False), ("float32", False), ("bf16", True)):
+        evaluate(model, ds, precision=precision)
+        assert model.half == (half, torch.bfloat16)
+
+    def asked(*arguments, **options): raise InterruptedError(arguments, options)
+    monkeypatch.setattr(torch, "autocast", asked)
+    for precision, half in (("auto", True), ("float32", False), ("bf16", True)):
+        with pytest.raises(InterruptedError) as error:
+            next(predictions(model, ds, device="cuda", precision=precision))
+        assert error.value.args == (("cuda", torch.bfloat16), dict(enabled=half))
+    with pytest.raises(ValueError, match="precision='half' is unknown: use one of auto, bf16, float32"):
+        evaluate(model, ds, precision="half")
 
 
 def test_only_the_sets_classes_count():

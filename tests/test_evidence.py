@@ -118,8 +118,8 @@ def test_the_scenes_that_no_table_reports():
 
 
 @pytest.mark.parametrize("preset, setting, target", [
-    ("idd", None, "idd"), ("idd", "scenes", "idd"), ("camvid", "first half", "unseen"),
-    ("camvid", "second half", "seen")])
+    ("idd", None, "idd"), ("idd", "scenes", "idd"), ("camvid", None, "dusk1-unseen"), ("camvid", None, "dusk2-seen"),
+    ("tiny", "search", "game"), ("tiny", "search", "mono")])
 def test_new_settings_are_planned(preset, setting, target):
     made = {m: plan(preset, m, 0, target if m == "rein_a" else None, setting=setting)
             for m in ("rein_g", "control", "rein_a")}
@@ -129,9 +129,12 @@ def test_new_settings_are_planned(preset, setting, target):
 
 
 def test_the_halves_of_the_dusk_video_do_not_touch():
-    first, second = (plan("camvid", "rein_a", 0, "unseen", setting=f"{half} half") for half in ("first", "second"))
-    assert (first.target, first.evaluate_on[-1]) == ("camvid:dusk_train[:31]", "camvid:dusk_train[33:]")
-    assert (second.target, second.evaluate_on[-1]) == (first.evaluate_on[-1], first.target)
+    halves = "camvid:dusk_train[:31]", "camvid:dusk_train[33:]"
+    for number, adapted in zip((1, 2), halves):
+        seen, unseen = (plan("camvid", "rein_a", 0, f"dusk{number}-{part}") for part in ("seen", "unseen"))
+        assert seen == unseen and seen.target == adapted, "one run is reported on both halves"
+        assert set(seen.evaluate_on) == {"camvid:day_val", *halves} and len(seen.evaluate_on) == 3
+    assert plan("camvid", "control").evaluate_on == plan("camvid", "rein_g").evaluate_on == ("camvid:day_val", *halves)
 
 
 # ---------------------------------------------------------------- scores without labels

@@ -6,19 +6,17 @@ import json
 import multiprocessing
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from reinpp.files import data_folder
-from reinpp.paper import runs
-from reinpp.paper.experiments import METHODS, PRESETS, Ledger, plan
+from reinpp.paper import experiments, runs
+from reinpp.paper.experiments import EVALUATION_VERSION, METHOD_VERSION, METHODS, PRESETS, Ledger, plan
 from reinpp.paper.runs import estimate, find_adapter, run
 from reinpp.paper.tables import check_parameters, choose_preset, missing_for_paper
 from reinpp.training.run_folder import locked
 
-# record -> the arguments of `plan` that make it
-FROZEN = json.loads((Path(__file__).parent / "frozen_keys.json").read_text())
+RECORDS = sorted((data_folder() / "results").rglob("????????????.json"))
 
 
 def small(method, target=None, seed=0, iterations=2):
@@ -39,6 +37,9 @@ def test_every_method_makes_a_record_once(method, tmp_path, capsys):
     (domain, metrics), = record["metrics"].items()
     assert 0 <= metrics["miou"] <= 1 and metrics["images"] == 4 and len(metrics["iou"]) == 19
     assert record["training"]["seconds"] > 0 and {"torch", "timm"} <= record["versions"].keys()
+    assert record["training_key"] == experiment.training_key and record["scores"].keys() == {domain}
+    card = record["scores"][domain]
+    assert all(0 <= card[name] <= 1 for name in ("mirror_agreement", "mask_agreement", "purity", "confidence"))
     text = ledger.path(experiment).read_text()
     assert "NaN" not in text and json.loads(text)["key"] == experiment.key
     capsys.readouterr()
@@ -49,6 +50,14 @@ def test_every_method_makes_a_record_once(method, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "evaluating" in said and "training" not in said, "evaluated otherwise, the adapter is used again"
     assert len(ledger.all()) == (3 if experiment.start else 2), "the model that it starts from has a record too"
+
+
+def test_a_record_keeps_the_parts_of_a_set(monkeypatch):
+    part = dict(miou=.5, pixel_accuracy=.6, iou=dict(road=.5), images=3, confusion=[[3]])
+    monkeypatch.setattr(runs, "evaluate_set", lambda *a, **k: part | dict(parts=dict(fog=part, night=part)))
+    kept = runs._evaluate(None, "acdc:val", plan("paper", "control", setting="cityscapes"), None)
+    assert kept.keys() == {"miou", "pixel_accuracy", "iou", "images", "parts"}
+    assert kept["parts"] == dict.fromkeys(("fog", "night"), {k: part[k] for k in kept if k != "parts"})
 
 
 def test_records_do_not_depend_on_what_ran_before(tmp_path):
@@ -81,18 +90,58 @@ assert not [name for name in sys.modules if name.startswith(above)]
     assert done.returncode == 0, done.stderr
 
 
-def test_the_frozen_records_are_all_there():
-    assert len(FROZEN) == 89
-    assert FROZEN.keys() <= {f.stem for f in (data_folder() / "results").glob("*.json")}
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: file.stem)
+def test_a_record_says_why_it_has_its_name(file):
+    record = json.loads(file.read_text())
+    assert hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()[:12] == file.stem
+    versions = {name: record["config"].get(name) for name in ("method_version", "evaluation_version")}
+    if file.parent.name == "v1":
+        assert versions == dict(method_version=1, evaluation_version=None)
+    else:
+        assert versions == dict(method_version=METHOD_VERSION, evaluation_version=EVALUATION_VERSION)
+        assert record["scores"].keys() == record["metrics"].keys() and record["training_key"]
 
 
-@pytest.mark.parametrize("key", FROZEN)
-def test_a_frozen_key(key):
-    "The record's settings hash to its name, and the arguments that made it still plan the same run."
-    record = json.loads((data_folder() / "results" / f"{key}.json").read_text())
-    assert hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()[:12] == key
-    experiment = plan(**FROZEN[key])
-    assert experiment.key == key == record["key"] and experiment.config() == record["config"]
+def test_records_of_the_first_version_are_kept_and_shown_nowhere():
+    old = {file.stem for file in RECORDS if file.parent.name == "v1"}
+    assert len(old) == 89 and not old & {record["key"] for record in Ledger().all()}
+
+
+def test_what_changes_no_result_is_in_no_key():
+    e = plan("tiny", "rein_a", 0, "night")
+    idle = dict(workers=3, device="cuda:1", checkpoint_minutes=1, checkpoint_every=5, log_every=7, progress="none")
+    same = dataclasses.replace(e, training=e.training | idle)
+    assert same.config() == e.config() and (same.key, same.training_key) == (e.key, e.training_key)
+    assert dataclasses.replace(e, training=e.training | dict(lr=1.0)).training_key != e.training_key
+
+
+def test_a_new_evaluation_makes_new_records_of_the_same_adapters(monkeypatch):
+    e = plan("tiny", "rein_a", 0, "night")
+    before = e.key, e.training_key, e.start.training_key
+    monkeypatch.setattr(experiments, "EVALUATION_VERSION", EVALUATION_VERSION + 1)
+    assert e.key != before[0] and (e.training_key, e.start.training_key) == before[1:]
+    monkeypatch.setattr(experiments, "METHOD_VERSION", METHOD_VERSION + 1)
+    assert e.training_key != before[1] and e.start.training_key != before[2]
+
+
+def test_small_presets_are_fair_and_say_where_they_differ():
+    tiny, camvid, idd, paper = (PRESETS[name] for name in ("tiny", "camvid", "idd", "paper"))
+    assert tiny.adaptation == camvid.adaptation == idd.adaptation and tiny.adaptation["engine"] == "classical"
+    for p in (tiny, camvid, idd):
+        own = p.adaptation | p.adaptation["stm"] | p.data | p.training | p.model["adapter_args"] | p.model["head_args"]
+        theirs = dict(normalize_link=False, alpha=1, beta=1, stm_warmup=0, stm_least=0.5, from_head=False, clip=None)
+        theirs |= paper.data | paper.training | paper.adaptation | theirs
+        different = [name for name, value in own.items() if name != "stm" and value != theirs.get(name)]
+        assert len(different) > 25 and not [name for name in different if f"{name} " not in p.note]
+    assert "alpha 0.5 (1)" in tiny.note and "tau 0.8 (0.968)" in tiny.note and "normalize_link True" in tiny.note
+
+
+def test_the_paper_holds_what_is_frozen_in_sixteen_bits():
+    for method in METHODS:
+        held = plan("paper", method, target="citys" if method == "rein_a" else None).model.get("backbone_args")
+        assert held == (None if method == "full" else dict(hold="bf16")), method
+    assert "backbone_args" not in plan("paper", "rein_a", 0, "citys", model=dict(adapter="full")).model
+    assert plan("paper", "rein_g").evaluate_on[0] == "gtav:source_val"
 
 
 def test_keys():
@@ -149,6 +198,7 @@ def test_a_target_is_opened_before_the_source_is_trained(tmp_path, monkeypatch):
         run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
+@pytest.mark.xfail(strict=True, reason="the bundled adapters are of version 1 until the ledger of version 2 is there")
 def test_every_bundled_adapter_is_a_run_of_a_preset_as_it_is_now():
     keys = set()
     for preset in ("tiny", "camvid"):
@@ -186,7 +236,7 @@ def test_estimate_counts_the_start(tmp_path):
     (["tiny", "freeze", "--setting", "sunny"], "runs: setting='sunny'"),
     (["tiny", "freeze", "--target", "night"], "target='night': freeze has none"),
     (["tiny", "freeze", "--limit-iterations", "0"], "limit_iterations=0: give a number"),
-    (["camvid", "rein_a", "--target", "dusk", "--data-root", "nowhere"], "runs: camvid")])
+    (["camvid", "rein_a", "--target", "dusk1-seen", "--data-root", "nowhere"], "runs: camvid")])
 def test_the_command_line_ends_with_one_line(arguments, says, tmp_path):
     with pytest.raises(SystemExit, match=says):
         runs.main([*arguments, "--results", str(tmp_path)])

@@ -20,7 +20,7 @@ BELOW = {
     "paper": {"ground", "data", "models", "training", "adaptation"},
     "top": {"ground", "data", "models", "training", "adaptation", "paper"},
 }
-TOP = {"explore", "panel", "command_line", "prediction"}
+TOP = {"explore", "panel", "command_line", "prediction", "watch"}
 
 
 def rooms():

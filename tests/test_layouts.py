@@ -413,6 +413,23 @@ def test_gtav_leaves_out_pairs_of_different_size(tmp_path, recwarn):
         ds[2]
 
 
+def test_gtavs_source_val_is_every_50th_training_image(tmp_path):
+    for k in range(1, 128):
+        save(picture(k), tmp_path / f"gtav/images/{k:05}.png")
+        save(np.full((H, W), k % 5, np.uint8), tmp_path / f"gtav/labels/{k:05}.png")
+    ds, train = (open_dataset("gtav", split, tmp_path, on_error="stop") for split in ("source_val", "train"))
+    assert [name for *_, name in ds] == ["00001", "00051", "00101"] and len(train) == 127
+    assert all(torch.equal(a, b) for k in range(3) for a, b in zip(ds[k][:2], train[50 * k][:2]))
+    assert len(open_dataset("gtav", "source_val", tmp_path, labels=False)) == 3
+    assert len(range(0, DATASETS["gtav"].splits["train"].count, 50)) == DATASETS["gtav"].splits["source_val"].count
+    assert not {15188, 17705} & set(range(1, 24967, 50)), "the pairs of two sizes are not among them"
+    (tmp_path / "gtav/labels/00051.png").unlink()
+    with pytest.raises(ValueError, match="00051"):
+        open_dataset("gtav", "source_val", tmp_path)
+    with pytest.raises(ValueError, match="split='val' is unknown: use one of train, source_val"):
+        open_dataset("gtav", "val", tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_too_many_bad_files_stop_after_all(tmp_path):
     folder, _ = build(tmp_path, "gtav", "train", 3)

@@ -15,6 +15,7 @@ from reinpp.models.losses import (
     point_sample,
     targets_from_labels,
     uncertain_points,
+    uniform_points,
 )
 from reinpp.models.mask2former import HeadOutput
 from reinpp.models.semantic_fpn import PixelOutput
@@ -45,11 +46,11 @@ def predictions(number=3, batch=2, queries=12, size=16, grad=False):
 def same_points(monkeypatch):
     """torch.rand returns one fixed pattern for its last two axes, so that two implementations draw equal points
     whatever their order."""
-    pattern = torch.rand(4096, 2)
+    pattern = torch.rand(4096, 3)
 
     def rand(*shape, device=None, **_):
         shape = tuple(shape[0]) if len(shape) == 1 else shape
-        return pattern[: shape[-2]].expand(shape).contiguous().to(device)
+        return pattern[: shape[-2], : shape[-1]].expand(shape).contiguous().to(device)
     monkeypatch.setattr(torch, "rand", rand)
 
 
@@ -118,6 +119,95 @@ def test_labels_outside_the_classes_are_refused():
         targets_from_labels(torch.full((1, 2, 2), 19), 19)
     with pytest.raises(ValueError, match="2 targets for a batch of 3"):
         mask_classification_loss(predictions(batch=3), targets_from_labels(blocks(2), 19), 64)
+
+
+# ---- what is not valid
+
+def halves(grad=True):
+    """Above, STM (or whoever) says 'road'; below, nobody knows. Two queries: 'road' above, and 'car' below."""
+    label, valid = torch.zeros(1, 64, 64, dtype=torch.int64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    label[:, 32:], valid[:, :32] = 13, True
+    classes, masks = torch.full((1, 2, 20), -8.0), torch.full((1, 2, 16, 16), -8.0)
+    classes[0, 0, 0] = classes[0, 1, 13] = 8
+    masks[0, 0, :8] = masks[0, 1, 8:] = 8
+    return label, valid, classes.requires_grad_(grad), masks.requires_grad_(grad)
+
+
+def silent(classes, masks):
+    "The same student, which says nothing of the lower half."
+    classes, masks = classes.detach().clone(), masks.detach().clone()
+    classes[0, 1], masks[0, 1] = -8, -8
+    classes[0, 1, 19] = 8
+    return HeadOutput([classes], [masks])
+
+
+def test_who_names_the_unsure_half_pays_no_more_than_who_is_silent():
+    "Trap: 255 in eq. 19. There the unsure half is background, and to name it costs."
+    label, valid, classes, masks = halves(grad=False)
+    names = HeadOutput([classes], [masks])
+    targets = targets_from_labels(label, 19, valid)
+    assert targets[0].classes.tolist() == [0]
+    paid, free = (mask_classification_loss(o, targets, 1024)["total"] for o in (names, silent(classes, masks)))
+    assert paid <= free + 1e-4
+    trapped = targets_from_labels(label.masked_fill(~valid, 255), 19)
+    paid, free = (mask_classification_loss(o, trapped, 1024)["total"] for o in (names, silent(classes, masks)))
+    assert paid > free + 1
+
+
+def test_a_road_that_reaches_into_the_unsure_half_costs_nothing():
+    label, valid, classes, masks = halves(grad=False)
+    wide = masks.clone()
+    wide[0, 0] = 8
+    loss, trapped = (mask_classification_loss(HeadOutput([classes], [wide]), targets, 1024) for targets in
+                     (targets_from_labels(label, 19, valid), targets_from_labels(label.masked_fill(~valid, 255), 19)))
+    assert loss["mask"] < 0.1 and loss["dice"] < 0.1 and trapped["mask"] > 1
+
+
+def test_padding_has_no_gradient():
+    label, valid, classes, masks = halves()
+    label[:] = torch.randint(0, 19, label.shape)
+    mask_classification_loss(HeadOutput([classes], [masks]), targets_from_labels(label, 19, valid), 4096)[
+        "total"].backward()
+    assert not masks.grad[:, :, 9:].any() and masks.grad[:, :, :7].any()  # row 8 is interpolated into the upper half
+    masks.grad = None
+    nothing = targets_from_labels(label, 19, torch.zeros_like(valid))
+    loss = mask_classification_loss(HeadOutput([classes], [masks]), nothing, 64)
+    classes.grad = None
+    loss["total"].backward()
+    assert loss["total"] == 0 and not classes.grad.any() and not masks.grad.any()
+
+
+def test_all_valid_is_plain():
+    output, labels = predictions(), blocks()
+    losses = []
+    for valid in (None, torch.ones_like(labels, dtype=torch.bool)):
+        generators = [torch.Generator().manual_seed(k) for k in range(2)]
+        targets = targets_from_labels(labels, 19, valid)
+        losses.append(mask_classification_loss(output, targets, 256, generators))
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+def test_points_are_uniform_over_what_is_valid():
+    valid = torch.zeros(8, 8, dtype=torch.bool)
+    valid[2:5, 1:7] = True
+    points = uniform_points(3, 20_000, torch.device("cpu"), valid, torch.Generator().manual_seed(0))
+    x, y = (points * 8).long().unbind(-1)
+    hits = torch.bincount((y * 8 + x).flatten(), minlength=64).view(8, 8)
+    assert hits[~valid].sum() == 0 and ((hits[valid] / 60_000 * 18 - 1).abs() < 0.06).all()
+
+
+def test_draws_belong_to_the_image():
+    "Alone or in a batch, first or last: an image's generator gives it the same points."
+    output, targets = predictions(2), targets_from_labels(blocks(), 19)
+
+    def loss(pick):
+        generators = [torch.Generator().manual_seed(10 + i) for i in pick]
+        return mask_classification_loss(output[pick], [targets[i] for i in pick], 128, generators)
+    both, swapped, (one, other) = loss([0, 1]), loss([1, 0]), (loss([i]) for i in (0, 1))
+    assert both["mask"] == pytest.approx(swapped["mask"].item(), rel=1e-6)
+    sizes = [len(t.classes) for t in targets]
+    mean = (sizes[0] * one["mask"] + sizes[1] * other["mask"]) / sum(sizes)
+    assert both["mask"] == pytest.approx(mean.item(), rel=1e-5)
 
 
 def test_no_targets_at_all_and_in_one_image():

@@ -1,5 +1,6 @@
 """The Mask2Former head: parity with `transformers`, parameter counts, linked queries, masks, precision."""
 import copy
+import itertools
 import math
 
 import pytest
@@ -302,6 +303,23 @@ def test_first_mask_is_where_the_first_layer_looks():
     assert region[0, :2, :2].all() and region[0].sum() == 4 and region[1].all()  # the empty proposal is opened
 
 
+def test_attention_starts_as_torchs_one_projection_does():
+    "mmdet: xavier_normal_ on every matrix of the decoder, where q, k and v are one (3 dim, dim): 1 / sqrt(2 dim)."
+    theirs = torch.nn.MultiheadAttention(256, 8)
+    for p in theirs.requires_grad_(False).parameters():
+        if p.ndim > 1: torch.nn.init.xavier_normal_(p)
+    decoder = MaskedDecoder(19).requires_grad_(False)
+    def spread(weight): return pytest.approx(weight.std().item(), rel=.02)
+
+    assert spread(theirs.in_proj_weight) == .0442 and spread(theirs.out_proj.weight) == .0625
+    for layer in decoder.layers:
+        for attention in (layer.cross, layer.attend):
+            for one in (attention.query, attention.key, attention.value):
+                assert one.weight.std().item() == spread(theirs.in_proj_weight)
+            assert attention.out.weight.std().item() == spread(theirs.out_proj.weight)
+            assert not any(one.bias.any() for one in (attention.query, attention.key, attention.value, attention.out))
+
+
 # ---- precision, caches, copies
 
 def test_bfloat16_autocast():
@@ -343,6 +361,46 @@ def test_semantic_scores():
     padding = torch.tensor([[False] * 4 + [True]] * 2)
     padded, short = HeadOutput([classes], [masks], padding), HeadOutput([classes[:, :4]], [masks[:, :4]])
     assert torch.allclose(padded.scores(), short.scores(), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (6, 10), (13, 7)])
+@pytest.mark.parametrize("queries", [3, 8, 21])
+def test_predicted_scores_are_resized_before_the_sigmoid(size, queries):
+    "The authors' order, whatever the number of chunks; the scores resized afterwards are something else."
+    classes, masks = torch.randn(2, queries, 20), 8 * torch.randn(2, queries, 6, 10)
+    large = F.interpolate(masks, size, mode="bilinear", align_corners=False)
+    expected = torch.einsum("bqk,bqhw->bkhw", classes.softmax(-1)[..., :19], large.sigmoid())
+    output = HeadOutput([classes], [masks])
+    assert torch.allclose(output.scores(size), expected, atol=1e-5)
+    trap = F.interpolate(output.scores(), size, mode="bilinear", align_corners=False)
+    assert ((trap - expected).abs().max() > .1) == (size != (6, 10))
+    padding = torch.tensor([[False] * (queries - 1) + [True]] * 2)
+    short = HeadOutput([classes[:, :-1]], [masks[:, :-1]])
+    assert torch.allclose(HeadOutput([classes], [masks], padding).scores(size), short.scores(size), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(output.scores(size), HeadOutput([classes], [masks]).scores(size))
+    assert output.scores(size).dtype == torch.float32
+
+
+def peak_bytes(function):
+    "The most memory that a function holds at a time on the CPU, beyond what was there before."
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+                    key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
+def test_predicted_scores_need_little_memory():
+    "Batches of a 512 window: at most 150 MB over scores resized at the end; all masks at once would be 100 MB each."
+    output = HeadOutput([torch.randn(2, 100, 20)], [torch.randn(2, 100, 128, 128)])
+    size = (512, 512)
+    whole = 2 * 100 * 512 * 512 * 4
+    after = peak_bytes(lambda: F.interpolate(output.scores(), size, mode="bilinear", align_corners=False))
+    before = peak_bytes(lambda: output.scores(size))
+    at_once = peak_bytes(lambda: F.interpolate(output.mask_logits[-1], size, mode="bilinear", align_corners=False))
+    assert at_once >= whole > before, "the count sees memory"
+    assert before - after < 2 * 150e6 / 8, f"{(before - after) / 1e6:.0f} MB more for two windows"
 
 
 def test_softmax_over_scores_is_a_trap():

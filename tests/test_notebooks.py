@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from reinpp.paper.experiments import Ledger, plan
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -55,6 +57,42 @@ def test_table9_refuses(wrong, says, tmp_path):
     done = papermill("table9", tmp_path / "out.ipynb", "-p", "results", str(tmp_path / "empty"), *wrong)
     assert done.returncode != 0
     assert re.search(says, done.stderr), done.stderr[-1500:]
+
+
+def fake_records(folder, miou, seeds=(0, 1)):
+    "Records of the search: mIoU by what is changed (none: `as preset`)."
+    ledger = Ledger(folder)
+    for change, value in miou.items():
+        for seed, target in [(seed, target) for seed in seeds for target in ("game", "mono")]:
+            e = plan("tiny", "rein_a", seed, target, setting="search", **dict(change))
+            one = dict(miou=value + seed / 100, pixel_accuracy=.9, iou={}, images=100)
+            ledger.put(e, dict(key=e.key, config=e.config(), metrics=dict.fromkeys(e.evaluate_on, one), parameters={},
+                training=dict(device="cpu", precision="float32", seconds=1.0), seconds=1.0, commit="", date="",
+                versions=dict(torch="2", timm="1")))
+
+
+def test_search_chooses_by_its_rule(tmp_path):
+    changes = [(), *[(pair,) for pair in dict(alpha=1.0, beta=1.0, stm_least=0.0).items()]]
+    fake_records(tmp_path / "results", dict.fromkeys(changes, .30))
+    arguments = "-p", "results", str(tmp_path / "results"), "-y", "seeds: [0, 1]"
+    done = papermill("search", tmp_path / "part.ipynb", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = outputs(tmp_path / "part.ipynb")
+    assert "not yet chosen: not yet run are alpha 1.5" in said and "+0.0 ± 0.0" in said
+    fake_records(tmp_path / "results", {(("alpha", 1.5),): .32})
+    done = papermill("search", tmp_path / "whole.ipynb", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "alpha 1.5: +2.0 ± 0.0 over 4 pairs, more than its spread: it is taken" in outputs(tmp_path / "whole.ipynb")
+
+
+def test_search_makes_what_is_missing(tmp_path):
+    done = papermill("search", tmp_path / "out.ipynb", "-p", "results", str(tmp_path / "results"), "-p", "runs",
+        str(tmp_path / "runs"), "-p", "limit_iterations", "2", "-p", "run_missing", "True", "-y",
+        "{rows: [Rein-G (source)], seeds: [0]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    record, = Ledger(tmp_path / "results").all()
+    assert record["scores"].keys() == {"scenes:val", "scenes:game/val", "scenes:mono/val"}
+    assert re.search(r"Rein-G \(source\) .* measured", outputs(tmp_path / "out.ipynb"))
 
 
 def test_pretrain_tiny_in_small(tmp_path):

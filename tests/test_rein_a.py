@@ -16,11 +16,11 @@ from reinpp.adaptation.rein_a import (
     agreement,
     pseudo_label,
 )
-from reinpp.adaptation.stm import STM, stm_label, stm_mask_loss
+from reinpp.adaptation.stm import STM, query_targets, stm_label
 from reinpp.data.catalog import open_dataset
 from reinpp.data.datasets import Dataset
 from reinpp.data.sampling import fold
-from reinpp.data.transforms import TrainTransform, hide_blocks, mix_images
+from reinpp.data.transforms import TrainTransform, hide_blocks, mix_images, random_block_mask
 from reinpp.files import BadFile
 from reinpp.models.losses import mask_classification_loss, paired_loss, targets_from_labels
 from reinpp.models.mask2former import HeadOutput
@@ -69,7 +69,6 @@ def train(objective, steps, optimizer=None, first=0):
     logs = []
     for iteration in range(first, first + steps):
         batch = batch_of(objective, 2 * iteration)
-        torch.manual_seed(fold(0, iteration, 1))
         logs.append({k: float(v) for k, v in objective.step(batch, iteration).items()})
         optimizer.step()
         optimizer.zero_grad()
@@ -312,12 +311,11 @@ def test_target_labels_are_never_read(data):
 
 def test_255_is_no_class_in_class_mix(data):
     "Trap: 255 drawn as a class pastes the unlabelled parts, and padding, of the source."
-    source = torch.zeros(1, 3, 64, 64)
-    label = torch.full((1, 64, 64), 255)
-    label[:, 10:20, 10:40] = 5
+    source, label = torch.zeros(3, 64, 64), torch.full((64, 64), 255)
+    label[10:20, 10:40] = 5
     for seed in range(8):
         torch.manual_seed(seed)
-        _, pasted = mix_images(source, label, torch.ones(1, 3, 64, 64))
+        _, pasted = mix_images(source, label, torch.ones(3, 64, 64))
         assert torch.equal(pasted, label == 5)  # one class: half of one, rounded up, is one
 
 
@@ -327,12 +325,11 @@ def test_mixed_labels_and_weights(data, monkeypatch):
     batch = batch_of(r)
     batch["target_inside"][:, 48:] = False
     seen = {}
-    real, real_mix, real_pseudo = module.normalized_score_loss, module.mix_images, module.pseudo_label
+    real, real_pseudo = module.normalized_score_loss, module.pseudo_label
     monkeypatch.setattr(module, "normalized_score_loss", lambda s, y, w: seen.update(y=y, w=w) or real(s, y, w))
-    monkeypatch.setattr(module, "mix_images", lambda *a: seen.update(mix=real_mix(*a)) or seen["mix"])
     monkeypatch.setattr(module, "pseudo_label", lambda *a: seen.update(pseudo=real_pseudo(*a)) or seen["pseudo"])
     r.step(batch, 0)
-    pasted, pseudo = seen["mix"][1], seen["pseudo"]
+    pasted, pseudo = batch["pasted"], seen["pseudo"]
     assert pasted.any() and not pasted.all()
     assert torch.equal(seen["y"][pasted], batch["source_label"][pasted]) and (seen["w"][pasted] == 1).all()
     assert torch.equal(seen["y"][~pasted], pseudo.label[~pasted])
@@ -357,7 +354,8 @@ def test_masked_view_hides_with_the_mean(data):
     segmenter = fresh()
     torch.manual_seed(0)
     images = torch.rand(2, 3, 128, 128)
-    masked = hide_blocks(images, segmenter.mean, 16, 0.7)
+    drawn = torch.stack([random_block_mask(128, 128, 16, 0.7) for _ in images])
+    masked = hide_blocks(images, drawn, segmenter.mean)
     hidden = (masked == segmenter.mean).all(1)
     assert torch.equal(masked[~hidden[:, None].expand_as(masked)],
         images[~hidden[:, None].expand_as(images)]) and 0.5 < hidden.float().mean() < 0.9
@@ -392,11 +390,9 @@ def test_stm_reads_the_teachers_features_without_gradient(data, monkeypatch):
 def test_gradients_go_where_they_should(data):
     full = objective(data, stm_least=0.0)  # STM teaches everywhere
     batch = batch_of(full)
-    torch.manual_seed(1)
     terms = full.step(batch, 0)
     assert terms["stm_mask"] > 0 and all(p.grad is not None for _, p in full.named_trainables())
     silent = objective(data, stm_least=2.0)  # STM teaches nowhere
-    torch.manual_seed(1)
     terms = silent.step(batch, 0)
     assert terms["stm_mask"] == 0
     pairs = list(zip(full.named_trainables(), silent.named_trainables()))
@@ -415,9 +411,10 @@ def test_stm_label_leaves_the_unsure_out():
     out = HeadOutput([classes], [masks], torch.zeros(1, 2, dtype=torch.bool))
     inside = torch.ones(1, 32, 32, dtype=torch.bool)
     inside[:, :4] = False
-    label = stm_label(out, inside, 0.6)
-    assert (label[:, :4] == 255).all() and (label[:, 4:14, :20] == 2).all() and (label[:, 18:, :20] == 4).all() and (
-        label[..., 28:] == 255).all()
+    label, valid = stm_label(out, inside, 0.6)
+    assert not valid[:, :4].any() and not valid[..., 28:].any()
+    assert valid[:, 4:14, :20].all() and (label[:, 4:14, :20] == 2).all()
+    assert valid[:, 18:, :20].all() and (label[:, 18:, :20] == 4).all()
 
 
 def test_stm_that_knows_nothing_teaches_nothing():
@@ -425,12 +422,37 @@ def test_stm_that_knows_nothing_teaches_nothing():
     torch.manual_seed(0)
     student = HeadOutput([torch.randn(2, 5, 4, requires_grad=True)], [torch.randn(2, 5, 8, 8, requires_grad=True)],
         None)
-    nothing = torch.full((2, 32, 32), 255)
-    assert stm_mask_loss(student, nothing, 3, 64).item() == 0
-    some = nothing.clone()
-    some[1, :16] = 2
-    stm_mask_loss(student, some, 3, 64).backward()
+    label, valid = torch.full((2, 32, 32), 2), torch.zeros(2, 32, 32, dtype=torch.bool)
+    assert student.loss(label, 3, 64, valid)["total"].item() == 0
+    valid[1, :16] = True
+    student.loss(label, 3, 64, valid)["total"].backward()
     assert not student.class_logits[0].grad[0].any() and student.class_logits[0].grad[1].any()
+
+
+def test_the_step_leaves_out_what_stm_is_unsure_of(data, monkeypatch):
+    "Trap: 255 as background in eq. 19."
+    seen = []
+    real = module.mask_classification_loss
+    monkeypatch.setattr(module, "mask_classification_loss", lambda *a: seen.append(a[1]) or real(*a))
+    r = objective(data, stm_least=0.06)
+    taught = r.teach(batch_of(r), 0)
+    r.step(batch_of(r), 0)
+    for target, label in zip(seen[0], taught.c_stm):
+        assert torch.equal(target.valid, label != 255) and 0 < target.valid.float().mean() < 1
+
+
+def test_queries_of_stm_one_by_one(data):
+    "The option `stm_queries`: a target for each query with a class; padding and queries without one are none."
+    classes, masks = torch.full((2, 3, 6), -9.0), torch.full((2, 3, 8, 8), -9.0)
+    classes[0, 0, 2] = classes[0, 1, 2] = classes[0, 2, 5] = classes[1, :, 5] = 9
+    masks[0, 0, :4], masks[0, 1, 4:], masks[0, 2] = 9, 9, 9
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    inside = torch.ones(2, 32, 32, dtype=torch.bool)
+    one, other = query_targets(HeadOutput([classes], [masks], padding), inside)
+    assert one.classes.tolist() == [2, 2] and torch.equal(one.masks[0], masks[0, 0] > 0) and one.valid.all()
+    assert len(other.classes) == 0 and not other.valid.any()
+    (log,) = train(objective(data, stm_queries=True), 1)
+    assert log["stm_mask"] > 0
 
 
 def test_stm_warm_up(data):
@@ -524,7 +546,6 @@ def test_gradient_per_branch_is_the_gradient_of_the_total(data):
     def gradients(**options):
         r = objective(data, stm=False, **options)
         batch = batch_of(r)
-        torch.manual_seed(5)
         terms = r.step(batch, 0)
         return terms, torch.cat([p.grad.flatten() for _, p in r.named_trainables()])
     terms, base = gradients()
@@ -538,11 +559,9 @@ def test_source_loss_is_plain_supervision(data):
     "The source branch is what `Generalize` would do."
     r = objective(data, use_mix=False, use_mask=False, stm=False)
     batch = batch_of(r)
-    torch.manual_seed(7)
     terms = r.step(batch, 0)
-    torch.manual_seed(7)
-    expected = mask_classification_loss(r.segmenter(batch["source"]), targets_from_labels(batch["source_label"], 19),
-        num_points=64)["total"]
+    targets = targets_from_labels(batch["source_label"], 19, batch["source_inside"])
+    expected = mask_classification_loss(r.segmenter(batch["source"]), targets, 64, r.generators(batch, 0))["total"]
     assert terms["src"] == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -636,7 +655,6 @@ def first_step(data, **options):
         r.segmenter.head.decoder.class_head.weight.normal_()
     r.teacher = start_teacher(r.segmenter)
     batch = batch_of(r)
-    torch.manual_seed(12)
     return r, batch, r.step(batch, 0)
 
 
@@ -654,15 +672,18 @@ def test_mirrored_teacher(data, monkeypatch):
 
 def test_soft_masks_have_the_teachers_probabilities(data, monkeypatch):
     "Trap: noise that shifts the masks. Over many draws the share of hits is the sigmoid."
-    seen = {}
-    real = module.paired_loss
-    monkeypatch.setattr(module, "paired_loss", lambda *a: seen.update(args=a) or real(*a))
-    r, *_ = first_step(data, soft_masks=True)
-    output, p_t, _, inside = seen["args"]
-    logits = torch.tensor([-3.0, -1.0, 0.0, 0.5, 2.0]).view(1, 1, 5, 1).expand(1, 1, 5, 20000)
-    monkeypatch.setattr(module, "paired_loss", lambda o, p, m, v: dict(total=(m > 0).float().mean(-1)))
-    hits = r._mask_loss(output, p_t, logits, inside, None).flatten()
-    assert torch.allclose(hits, logits[0, 0, :, 0].sigmoid(), atol=0.02)
+    seen = []
+    real = module.ReinA._mask_loss
+    monkeypatch.setattr(module.ReinA, "_mask_loss", lambda self, *a: seen.append(a[2]) or real(self, *a))
+    r, batch, _ = first_step(data, soft_masks=True)
+    taught, logits = r.teach(batch, 0), torch.tensor([-3.0, -1.0, 0.0, 0.5, 2.0]).view(1, 1, 5, 1)
+    wide = logits.expand(*taught.answer.mask_logits[-1].shape[:2], 5, 4000)
+    monkeypatch.setattr(module.ReinA, "_mask_loss", lambda self, *a: seen.append(a[2]) or a[2].sum() * 0)
+    fake = HeadOutput(taught.answer.class_logits, [wide])
+    monkeypatch.setattr(module.ReinA, "learn", lambda self, **losses: {})
+    r.mask_branch(batch, taught._replace(answer=fake), 0)
+    hits = (seen[-1] > 0).float().mean((0, 1, 3))
+    assert torch.allclose(hits, logits.flatten().sigmoid(), atol=0.02)
 
 
 def test_q_weighs_the_mask_branch_image_by_image(data, monkeypatch):

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from reinpp.files import data_folder, write_together
 from reinpp.models.adapter_files import pull_adapter, push_adapter, read_adapter
@@ -108,6 +109,24 @@ def test_any_size_and_window(size, window, stride, plain):
     assert scores.isfinite().all() and scores.min() >= 0
     if window is None or window >= max(size):
         assert torch.equal(scores, plain.predict(images))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 97)])
+def test_a_window_is_resized_before_sigmoid_and_softmax(size, plain):
+    images = torch.rand(2, 3, *size)
+    for segmenter in (plain, make(head="semantic_fpn")):
+        padded = segmenter.mean.expand(2, 3, 64, -(-size[1] // 8) * 8).clone()
+        padded[..., :size[0], :size[1]] = images
+        with torch.no_grad():
+            output = segmenter(padded)
+            logits = output.mask_logits[-1] if hasattr(output, "mask_logits") else output.logits
+            large = F.interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=False)
+            if hasattr(output, "mask_logits"):
+                classes = output.class_logits[-1].softmax(-1)[..., :-1]
+                expected = torch.einsum("bqk,bqhw->bkhw", classes, large.sigmoid())
+            else:
+                expected = large.softmax(1)
+        assert torch.allclose(segmenter.predict(images), expected[..., :size[0], :size[1]], atol=1e-5)
 
 
 def test_windows_are_averaged_and_batching_changes_nothing(plain):

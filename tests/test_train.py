@@ -126,7 +126,12 @@ def test_what_decays_and_what_does_not():
 def test_schedule():
     assert learning_rate(0, 100) == 1 and learning_rate(50, 100) == pytest.approx(0.5 ** 0.9) and 0 < learning_rate(99,
         100) < 0.02
-    assert [learning_rate(i, 10**9, warmup=4) for i in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1e-6)
+    assert [learning_rate(i, 12, warmup=4) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0], "no decay meanwhile"
+    factors = [learning_rate(i, 40_000, warmup=10_000) for i in range(40_000)]
+    assert factors[0] == 1e-4 and factors[9_999] == factors[10_000] == 1 and 0 < factors[-1] < 1e-3
+    assert factors[20_000] == pytest.approx(0.694, abs=5e-4), "decay over the remaining 30,000"
+    assert factors[5_000] == pytest.approx(0.5, abs=1e-3), "the trap of both at once: 0.44"
+    assert [learning_rate(i, 2, warmup=10_000) for i in range(2)] == [1e-4, 2e-4], "a run shorter than its warm-up"
 
 
 # ---- real objectives, small
@@ -221,14 +226,16 @@ def test_augmentations_train_every_parameter(augment, adapter, head, day, monkey
     real = objective.segmenter.forward
     monkeypatch.setattr(objective.segmenter, "forward", lambda images: seen.append(images.detach().clone())
         or real(images))
-    torch.manual_seed(3)
     terms = objective.step(batch, 0)
     assert torch.isfinite(terms["total"]) and all(p.grad is not None for n, p in objective.named_trainables()
         if not n.startswith("backbone."))
-    torch.manual_seed(3)
     if augment == "pasta":
-        (trained_on,) = seen
-        assert torch.equal(trained_on, pasta(batch["image"])) and not torch.equal(trained_on, batch["image"])
+        plain = batch_of(Generalize(objective.segmenter, day, crops(), num_points=64))["image"]
+        assert seen[0].equal(batch["image"]) and not seen[0].equal(plain)
+        torch.manual_seed(3)
+        once = pasta(plain[0])
+        torch.manual_seed(3)
+        assert once.equal(pasta(plain[0])) and not once.equal(plain[0])
     else:
         searched, trained_on = seen
         assert torch.allclose(searched, batch["image"], atol=1e-4) and torch.equal(trained_on[:2],
@@ -246,19 +253,20 @@ def test_advstyle_climbs_the_right_loss(day):
         scores = segmenter(images).scores()
         return normalized_score_loss(scores, batch["label"], torch.ones(batch["label"].shape))
 
-    images, labels = objective._augmented(batch["image"], batch["label"])
+    styled = objective._styled(batch["image"], batch["label"])
     assert all(p.grad is None for p in segmenter.parameters())
-    assert torch.equal(labels, torch.cat([batch["label"]] * 2)) and torch.allclose(images[2:],
-        adv_style(batch["image"], loss, std=segmenter.std.flatten().tolist()), atol=1e-5)
+    by_hand = adv_style(batch["image"], loss, std=segmenter.std.flatten().tolist())
+    assert torch.allclose(styled, by_hand, atol=1e-5)
     with torch.no_grad():
-        assert loss(images[2:]) > loss(images[:2])
+        assert loss(styled) > loss(batch["image"])
 
 
-def test_without_augmentation_the_batch_is_the_batch(day):
+def test_without_augmentation_the_batch_is_the_batch(day, monkeypatch):
     objective = Generalize(small(), day, crops(), num_points=64)
-    batch = batch_of(objective)
-    images, labels = objective._augmented(batch["image"], batch["label"])
-    assert images is batch["image"] and labels is batch["label"]
+    batch, seen, real = batch_of(objective), [], objective.segmenter.forward
+    monkeypatch.setattr(objective.segmenter, "forward", lambda images: seen.append(images) or real(images))
+    objective.step(batch, 0)
+    assert len(seen) == 1 and seen[0] is batch["image"]
 
 
 def test_averaged_weights(day, tmp_path):

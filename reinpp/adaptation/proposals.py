@@ -21,9 +21,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from .engines import ENGINES, engine_options, engine_settings, find_engine
-from .masks import Proposals
+from .masks import Proposals, grid_size
 from ..data.catalog import open_dataset
-from ..files import Progress, cores, data_folder, each, file_size, write_atomically
+from reinpp.files import (
+    Between,
+    Progress,
+    check_values,
+    cores,
+    data_folder,
+    each,
+    file_size,
+    read_object,
+    shown,
+    write_atomically,
+)
 
 # %% ../../nbs/43_proposals.ipynb #0160867f
 FORMAT = "reinpp-proposals-2"
@@ -38,9 +49,18 @@ def write_proposals(
     "Bytes of the file that now holds one image's proposals: whole, or not there."
     header = dict(format=FORMAT, engine=engine, key=key, name=proposals.name, reduction=str(proposals.reduction),
         height=str(proposals.image_size[0]), width=str(proposals.image_size[1]))
-    data = save({name: getattr(proposals, name).contiguous() for name in ("bits", "scores", "boxes")}, header)
+    tensors = {name: getattr(proposals, name).contiguous() for name in ("bits", "scores", "boxes")}
+    data = save(tensors, header | dict(sha256=_digest(header, tensors)))
     write_atomically(path, data)
     return len(data)
+
+
+def _digest(header, tensors):
+    "sha256 of all that a file says."
+    said = json.dumps({name: value for name, value in header.items() if name != "sha256"}, sort_keys=True)
+    digest = hashlib.sha256(said.encode())
+    for name in ("bits", "scores", "boxes"): digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_proposals(
@@ -59,7 +79,8 @@ def check_proposals(
             header, tensors = file.metadata() or {}, set(file.keys())
     except Exception as error:
         raise ValueError(f"{path} is not a readable proposals file ({error})") from None
-    if header.get("format") != FORMAT or tensors != {"bits", "scores", "boxes"}:
+    absent = {"engine", "key", "name", "reduction", "height", "width"} - header.keys()
+    if header.get("format") != FORMAT or tensors != {"bits", "scores", "boxes"} or absent:
         raise ValueError(f"{path} is not a proposals file of format {FORMAT}")
     if engine not in (None, header["engine"]):
         raise ValueError(f"{path} was made by engine {header['engine']!r}, not {engine!r}")
@@ -73,22 +94,57 @@ def read_proposals(
     engine: str | None = None,  # as in `check_proposals`
     key: str | None = None,  # as in `check_proposals`
 ) -> Proposals:
-    "One image's proposals. Raises as `check_proposals` does."
+    """One image's proposals.
+
+    Raises as `check_proposals` does, and ValueError for a file whose sha256 is not the one that it names (a file of an
+    earlier version names none), or whose tensors are no masks, scores and boxes of an image of its size."""
     header, tensors = check_proposals(path, engine, key), load_file(path)
-    image_size = int(header["height"]), int(header["width"])
-    return Proposals(**tensors, image_size=image_size, reduction=int(header["reduction"]), name=header["name"])
+    if header.get("sha256", digest := _digest(header, tensors)) != digest:
+        raise ValueError(f"{path} is damaged: its sha256 is not the one that it names")
+    sizes = [header[name] for name in ("height", "width", "reduction")]
+    if not all(size.isascii() and size.isdigit() and 0 < int(size) < 10**5 for size in sizes):
+        raise ValueError(f"{path} is for {shown(sizes)} pixels, which is no size")
+    *image_size, reduction = map(int, sizes)
+    proposals = Proposals(**tensors, image_size=tuple(image_size), reduction=reduction, name=header["name"])
+    wrong = _wrong(proposals)
+    if wrong:
+        raise ValueError(f"{path} holds {wrong}, which are no proposals of an image of {image_size} pixels")
+    return proposals
+
+
+def _wrong(proposals):
+    "Which tensors cannot be proposals of their image, and what they are; empty if all can."
+    (height, width), (h, w) = proposals.image_size, grid_size(proposals.image_size, proposals.reduction)
+    count, right = len(proposals.scores.flatten()), torch.tensor([width, height, width, height])
+    shapes = dict(bits=(torch.uint8, (count, h, -(-w // 8))), scores=(torch.float32, (count,)),
+        boxes=(torch.float32, (count, 4)))
+    for name, (dtype, shape) in shapes.items():
+        t = getattr(proposals, name)
+        if t.dtype != dtype or t.shape != shape: return f"{name} of {t.dtype} {tuple(t.shape)}"
+    for name, most in dict(scores=1, boxes=right).items():
+        t = getattr(proposals, name)
+        if not ((t >= 0) & (t <= most)).all(): return f"{name} of {t.min():g} to {t.max():g}"
+    return ""
 
 # %% ../../nbs/43_proposals.ipynb #5a43c003
+_MANIFEST = dict(
+    format=str, engine=str, options=dict, package=(None, str), checkpoint=(None, str), reduction=Between(1, 1024),
+    limit=Between(0, 10**6), images=Between(0, 10**9), names=str, key=str)
+
+
 def _read_manifest(root):
     "What a folder of proposals was made with; None where there is none."
     path = root / "manifest.json"
     if not path.exists(): return None
     try:
-        stored = json.loads(path.read_text())
-        if stored["format"] != FORMAT or "key" not in stored:
-            raise ValueError(f"format {stored['format']}, not {FORMAT}")
+        stored = read_object(path)
+        if stored.get("format") != FORMAT:
+            raise ValueError(f"format {shown(stored.get('format'))}, not {FORMAT}")
+        check_values("it", stored, _MANIFEST)
+        if _MANIFEST.keys() - stored.keys():
+            raise ValueError(f"it has no {', '.join(sorted(_MANIFEST.keys() - stored.keys()))}")
         return stored
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a manifest of proposals ({error}): delete or choose another folder") from None
 
 
@@ -152,7 +208,10 @@ class ProposalStore:
             raise IndexError(f"proposals of image {index}: this store has {self.length} images")
         if self.root is not None:
             try:
-                return read_proposals(_file(self.root, index), self.manifest["engine"], self.manifest["key"])
+                found = read_proposals(_file(self.root, index), self.manifest["engine"], self.manifest["key"])
+                if found.reduction != self.reduction:
+                    raise ValueError(f"{_file(self.root, index)} has cells of {found.reduction}, not {self.reduction}")
+                return found
             except ValueError as error:
                 raise ValueError(f"{error}: run make_proposals again, it mends what is broken") from None
         if index not in self.memory:
@@ -232,12 +291,20 @@ def _is_there(dataset, root, manifest, index):
     file, name = _file(root, index), dataset.reader.names[index]
     if not file.exists(): return False
     try:
-        there = check_proposals(file, manifest["engine"], manifest["key"])["name"]
-        if there == name: return True
-        problem = f"{file} holds the proposals of {there!r}, image {index} is {name!r}"
+        there = read_proposals(file, manifest["engine"], manifest["key"])
+        size = _size(dataset, index) or there.image_size
+        if (there.name, there.image_size, there.reduction) == (name, size, manifest["reduction"]): return True
+        problem = (f"{file} holds the proposals of {there.name!r}, {there.image_size} pixels in cells of "
+                   f"{there.reduction}; image {index} is {name!r}, {size} in cells of {manifest['reduction']}")
     except ValueError as error: problem = error
     warnings.warn(f"{problem}: computing it again", stacklevel=4)
     return False
+
+
+def _size(dataset, index):
+    "Height and width of an image, from the head of its file; None where another image may stand in for it."
+    size = getattr(dataset.reader, "size", None)
+    return tuple(size(index)) if size and getattr(dataset, "on_error", "stop") == "stop" else None
 
 
 def _make(dataset, engine, root, key, size, index, **options):

@@ -18,18 +18,25 @@ from torch import Tensor
 
 from .masks import compose, pack, pad, unpack, warp
 from .proposals import ProposalStore
-from .stm import STM, stm_label, stm_mask_loss
+from .stm import STM, query_targets, stm_label
 from ..data.datasets import Dataset
 from ..data.sampling import Sampler, fold
-from ..data.transforms import TrainTransform, hide_blocks, mix_images
+from ..data.transforms import TrainTransform, hide_blocks, mix_images, random_block_mask
 from ..files import check_choice
 from ..labels import IGNORE, colorize
-from ..models.losses import normalize_scores, normalized_score_loss, paired_loss
+from reinpp.models.losses import (
+    Target,
+    mask_classification_loss,
+    normalize_scores,
+    normalized_score_loss,
+    paired_loss,
+    targets_from_labels,
+)
 from ..models.mask2former import HeadOutput
 from ..models.segmenter import PER_PIXEL, Segmenter
-from ..processes import all_reduce_mean, get_world_size, local_rows
+from ..processes import all_reduce_mean
 from ..training.ema import copy_weights, run_teacher, update_teacher
-from ..training.generalize import Objective
+from ..training.generalize import Objective, default_transform
 
 # %% ../../nbs/45_rein_a.ipynb #349addb3
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Adaptation:
     rcs: bool = True  # [S] rare class sampling of the source
     limit: int = 100  # [D] proposals of an image that STM sees
     pool: int = 400  # [D] proposals of a crop that travel in a batch: cut to `limit` after mixing
-    stm_least: float = 0.5  # [D] pixels of STM's answer under this normalised score are left out
+    stm_least: float = 0.5  # [D] pixels of STM's answer under this normalised score are not valid
+    stm_queries: bool = False  # [D] off: eq. 19 matches one mask a query of STM, not one a class
     stm_warmup: int = 0  # [D] iterations in which STM learns before it teaches
     num_points: int = 12544  # [S] points a mask for matching and losses
     use_mix: bool = True  # [P] ablation: without the mix branch
@@ -103,7 +111,7 @@ class ReinA(Objective):
         segmenter: Segmenter,  # trained on the source: the student
         source: Dataset,  # labelled (several: `datasets.concat`)
         target: Dataset,  # opened with labels=False
-        transform: TrainTransform,  # for the source; the target gets the same without colours
+        transform: TrainTransform | None = None,  # for the source; the target gets the same without colours
         source_proposals: ProposalStore | None = None,  # of the source: needed for STM
         target_proposals: ProposalStore | None = None,  # of the target: needed for STM
         stm: STM | None = None,  # None: without it
@@ -121,6 +129,7 @@ class ReinA(Objective):
                 raise ValueError(f"ReinA: {name}_proposals are for {len(store)} images, the {name} has {len(data)}")
         super().__init__(segmenter, stm)
         self.source, self.target, self.settings = source, target, settings
+        transform = transform or default_transform(segmenter)
         self.transform, self.target_transform = transform, copy.copy(transform)
         self.target_transform.photometric = False  # the teacher sees the clean crop
         self.source_sampler = Sampler(source, rcs=settings.rcs, min_pixels=transform.min_class_pixels or 0)
@@ -131,19 +140,23 @@ class ReinA(Objective):
 # %% ../../nbs/45_rein_a.ipynb #2398e3a7
 @patch
 def sample(self: ReinA, key: int, seed: int) -> dict[str, Tensor]:
-    """source (3, crop, crop), source_label (crop, crop), target, target_inside (bool), and with STM the crops'
-    proposals as bits (pool, crop / 4, crop / 32)."""
+    """source, target, mixed (3, crop, crop), source_label (crop, crop), and bool (crop, crop): source_inside,
+    target_inside, pasted, hidden; draw, a number; with STM the crops' proposals: bits (pool, crop / 4, crop / 32)."""
+    s = self.settings
     index, wanted = self.source_sampler.draw(key, seed)
     image, label, _ = self.source[index]
     x_s, y_s, geometry_s = self.transform(image, label, wanted_class=wanted)
     other, _ = self.target_sampler.draw(key, fold(seed, 1))
     target = self.target.read_image(other)
-    x_t, padding, geometry_t = self.target_transform(target)
-    sample, pool = dict(source=x_s, source_label=y_s, target=x_t, target_inside=padding != IGNORE), self.settings.pool
+    x_t, _, geometry_t = self.target_transform(target)
+    sample = dict(source=x_s, source_label=y_s, source_inside=geometry_s.valid, target=x_t,
+                  target_inside=geometry_t.valid, draw=fold(seed, key))
+    sample["hidden"] = random_block_mask(*x_t.shape[-2:], s.mask_block, s.mask_ratio)
+    if s.use_mix: sample["mixed"], sample["pasted"] = mix_images(x_s, y_s, x_t)
     if self.stm is not None:
         ours, theirs = self.source.actual(index), self.target.actual(other, "image")
-        sample["source_masks"] = _proposals(self.stores[0], ours, geometry_s, image, pool)
-        sample["target_masks"] = _proposals(self.stores[1], theirs, geometry_t, target, pool)
+        sample["source_masks"] = _proposals(self.stores[0], ours, geometry_s, image, s.pool)
+        sample["target_masks"] = _proposals(self.stores[1], theirs, geometry_t, target, s.pool)
     return sample
 
 
@@ -193,23 +206,21 @@ def pseudo_label(
 
 # %% ../../nbs/45_rein_a.ipynb #45633c90
 class Taught(NamedTuple):
-    "What a step knows before the student looks; without STM only the first four, without mix no mixed image."
+    "What a step knows before the student looks; without STM only the first two."
     answer: HeadOutput  # (p_t, m_t): the teacher's, on the target
     pseudo: PseudoLabel  # c_t
-    x_mix: Tensor | None  # (B, 3, H, W) the mixed image
-    pasted: Tensor | None  # (B, H, W) bool: where the source shows in it
     features: tuple = ()  # the teacher's, of source and mixed image
     masks: tuple = ()  # proposals of source and target, (B, pool, h, w) bool
-    c_stm: Tensor | None = None  # STM's label of the target; None: it does not teach (yet)
+    c_stm: Tensor | None = None  # (B, H, W) STM's label of the target, 255 where it is not valid
+    targets: list[Target] | None = None  # the same, to be matched; None: STM does not teach (yet)
 
 
 @patch
 @torch.no_grad()
 def teach(self: ReinA, batch: dict[str, Tensor], iteration: int) -> Taught:
-    "Lines 2 to 5, and the image of line 10: everything in a step that needs no gradient."
+    "Lines 2 to 5: everything in a step that needs no gradient."
     x_s, x_t, inside, stm, s = batch["source"], batch["target"], batch["target_inside"], self.stm, self.settings
-    x_mix, pasted = mix_images(x_s, batch["source_label"], x_t) if s.use_mix else (None, None)  # 10: x_mix
-    seen = [x_t] + ([x_s] if stm else []) + ([x_mix] if stm and s.use_mix else [])
+    seen = [x_t] + ([x_s] if stm else []) + ([batch["mixed"]] if stm and s.use_mix else [])
     with self.autocast():
         features, answer = run_teacher(self.segmenter, self.teacher, torch.cat(seen), len(x_t))  # 3: (p_t, m_t)
     scores = answer.scores()
@@ -218,15 +229,16 @@ def teach(self: ReinA, batch: dict[str, Tensor], iteration: int) -> Taught:
             _, mirrored = run_teacher(self.segmenter, self.teacher, x_t.flip(-1))
         scores = (scores + mirrored.scores().flip(-1)) / 2
     pseudo = pseudo_label(scores, inside, s.tau, s.weighting, s.margins)  # 5: c_t
-    if stm is None: return Taught(answer, pseudo, x_mix, pasted)
+    if stm is None: return Taught(answer, pseudo)
     f_t, *others = zip(*(f.split(len(x_t)) for f in features))
     masks_s, masks_t = (unpack(batch[name], x_s.shape[-1] // 4) for name in ("source_masks", "target_masks"))
-    c_stm = None
-    if s.use_mask and iteration >= s.stm_warmup:
-        with self.autocast():
-            said = stm(f_t, *pad(masks_t, s.limit))  # 4: (p_stm, m_stm) <- M_stm[x_t, M_SAM(x_t)]
-        c_stm = stm_label(said, inside, s.stm_least)  # 5: c_stm
-    return Taught(answer, pseudo, x_mix, pasted, tuple(others), (masks_s, masks_t), c_stm)
+    taught = Taught(answer, pseudo, tuple(others), (masks_s, masks_t))
+    if not s.use_mask or iteration < s.stm_warmup: return taught
+    with self.autocast():
+        said = stm(f_t, *pad(masks_t, s.limit))  # 4: (p_stm, m_stm) <- M_stm[x_t, M_SAM(x_t)]
+    label, valid = stm_label(said, inside, s.stm_least)  # 5: c_stm
+    targets = query_targets(said, inside) if s.stm_queries else targets_from_labels(label, stm.num_classes, valid)
+    return taught._replace(c_stm=label.masked_fill(~valid, IGNORE), targets=targets)
 
 # %% ../../nbs/45_rein_a.ipynb #117a50f8
 @patch
@@ -237,16 +249,18 @@ def learn(self: ReinA, **losses: Tensor) -> dict[str, Tensor]:
 
 
 @patch
-def source_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught) -> dict[str, Tensor]:
+def source_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught, iteration: int) -> dict[str, Tensor]:
     "Lines 6 to 8: student and STM learn from ground truth."
-    known = batch["source_label"], self.segmenter.num_classes, self.settings.num_points
+    known = batch["source_label"], self.segmenter.num_classes, self.settings.num_points, batch["source_inside"]
     with self.autocast():
         output = self.segmenter(batch["source"])
-    terms = self.learn(src=output.loss(*known)["total"])  # 7: L_src, eq. 14
+    loss = output.loss(*known, self.generators(batch, iteration, 0))["total"]
+    terms = self.learn(src=loss)  # 7: L_src, eq. 14
     if self.stm is not None:
         with self.autocast():
             output = self.stm(taught.features[0], *pad(taught.masks[0], self.settings.limit))
-        terms |= self.learn(stm_src=output.loss(*known)["total"])  # 8: L^stm_src, eq. 18
+        loss = output.loss(*known, self.generators(batch, iteration, 1))["total"]
+        terms |= self.learn(stm_src=loss)  # 8: L^stm_src, eq. 18
     return terms
 
 # %% ../../nbs/45_rein_a.ipynb #722624af
@@ -265,11 +279,11 @@ def agreement(
 @patch
 def mix_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught) -> tuple[dict[str, Tensor], Tensor]:
     "Lines 9 to 14: the loss terms, and the agreement of student and teacher."
-    pasted, pseudo = taught.pasted, taught.pseudo
-    y_mix = torch.where(pasted, batch["source_label"], pseudo.label)  # 10: y_mix
+    pasted, pseudo = batch["pasted"], taught.pseudo
+    y_mix = torch.where(pasted, batch["source_label"], pseudo.label)  # 10: (x_mix, y_mix)
     weight = pseudo.weight.masked_fill(pasted, 1)
     with self.autocast():
-        output = self.segmenter(taught.x_mix)  # 11: (p_mix, m_mix) <- M_s(x_mix)
+        output = self.segmenter(batch["mixed"])  # 11: (p_mix, m_mix) <- M_s(x_mix)
     scores = output.scores()
     terms = self.learn(mix=normalized_score_loss(scores, y_mix, weight))  # 12: L_mix, eq. 15
     same = agreement(scores, pseudo.label, batch["target_inside"] & ~pasted)
@@ -282,23 +296,25 @@ def mix_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught) -> tuple[d
 
 # %% ../../nbs/45_rein_a.ipynb #b805c6ea
 @patch
-def mask_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught) -> dict[str, Tensor]:
+def mask_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught, iteration: int) -> dict[str, Tensor]:
     "Lines 15 to 19: the masked view learns from the teacher's masks and from STM's label."
-    s, (p_t, m_t) = self.settings, (taught.answer.class_logits[-1], taught.answer.mask_logits[-1])
-    x_mask = hide_blocks(batch["target"], self.segmenter.mean, s.mask_block, s.mask_ratio)  # 16: M <- RandomMask()
+    p_t, m_t, points = taught.answer.class_logits[-1], taught.answer.mask_logits[-1], self.settings.num_points
+    if self.settings.soft_masks:  # above 0 with the mask's probability
+        draws = self.generators(batch, iteration, 3)
+        m_t = m_t + torch.stack([torch.rand(m_t.shape[1:], generator=g, device=m_t.device) for g in draws]).logit()
+    x_mask = hide_blocks(batch["target"], batch["hidden"], self.segmenter.mean)  # 16: M <- RandomMask()
     with self.autocast():
         output = self.segmenter(x_mask)  # 17: (p_mask, m_mask) <- M_s(x_t * M)
     losses = dict(mask=self._mask_loss(output, p_t, m_t, batch["target_inside"], taught.pseudo.q))  # 18: eq. 16
-    if taught.c_stm is not None:
-        losses["stm_mask"] = stm_mask_loss(output, taught.c_stm, self.segmenter.num_classes, s.num_points)  # 19: eq. 19
+    if taught.targets is not None:  # 19: eq. 19
+        draws = self.generators(batch, iteration, 2)
+        losses["stm_mask"] = mask_classification_loss(output, taught.targets, points, draws)["total"]
     return self.learn(**losses)
 
 
 @patch
 def _mask_loss(self: ReinA, output, p_t, m_t, inside, q):
-    "Eq. 16, and its two variants beyond the paper."
-    if self.settings.soft_masks:  # above 0 with the mask's probability
-        m_t = m_t + local_rows(torch.rand(len(m_t) * get_world_size(), *m_t.shape[1:], device=m_t.device)).logit()
+    "Eq. 16, and with `q_on_mask` its variant."
     if not self.settings.q_on_mask: return paired_loss(output, p_t, m_t, inside)["total"]
     return sum(q[i] * paired_loss(output[i], p_t[i], m_t[i], inside[i], whole=False)["total"]
                for i in (slice(i, i + 1) for i in range(len(q)))).squeeze() / len(q)
@@ -310,12 +326,12 @@ def step(self: ReinA, batch: dict[str, Tensor], iteration: int) -> dict[str, Ten
 
     The loss terms and what to watch come back as 0-d tensors on the CPU. Raises `Collapse`."""
     taught, watch = self.teach(batch, iteration), {}  # 2: Generate Pseudo Labels
-    terms = self.source_branch(batch, taught)  # 6: Source Branch
+    terms = self.source_branch(batch, taught, iteration)  # 6: Source Branch
     if self.settings.use_mix:
         mixed, watch["agreement"] = self.mix_branch(batch, taught)  # 9: Mix Branch
         terms |= mixed
     if self.settings.use_mask:
-        terms |= self.mask_branch(batch, taught)  # 15: Mask Branch
+        terms |= self.mask_branch(batch, taught, iteration)  # 15: Mask Branch
     # 20: Total Loss
     terms["total"] = sum(self.weights[name] * loss for name, loss in terms.items())  # 21: L, eq. 20
     return self._watch(terms, watch, taught.pseudo, batch["target_inside"], iteration)
@@ -364,19 +380,19 @@ def load_state_dict(self: ReinA, state: dict[str, dict]) -> None:
 @patch
 @torch.no_grad()
 def views(self: ReinA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a step sees and believes; nothing changes but the random generator.
+    """What a step sees and believes; nothing changes.
 
     source, target, mixed, masked (B, 3, H, W); pseudo, sure, mixed_label, stm (B, H, W); q (B,): on the CPU. Without
     what is switched off."""
     s, x_t, inside = self.settings, batch["target"], batch["target_inside"]
     taught = self.teach(batch, s.stm_warmup)
-    pseudo, pasted = taught.pseudo, taught.pasted
+    pseudo = taught.pseudo
     views = dict(source=batch["source"], target=x_t, pseudo=pseudo.label.masked_fill(~inside, IGNORE),
                  sure=(pseudo.top >= s.tau) & inside, q=pseudo.q)
     if s.use_mix:
-        views.update(mixed=taught.x_mix, mixed_label=torch.where(pasted, batch["source_label"], pseudo.label))
-    if s.use_mask:
-        views["masked"] = hide_blocks(x_t, self.segmenter.mean, s.mask_block, s.mask_ratio)
+        mixed_label = torch.where(batch["pasted"], batch["source_label"], pseudo.label)
+        views.update(mixed=batch["mixed"], mixed_label=mixed_label)
+    if s.use_mask: views["masked"] = hide_blocks(x_t, batch["hidden"], self.segmenter.mean)
     if taught.c_stm is not None: views["stm"] = taught.c_stm
     return {name: value.cpu() for name, value in views.items()}
 

@@ -6,15 +6,19 @@
 __all__ = ['META', 'SAM2', 'SAM1', 'find_checkpoint', 'package_version', 'sam2', 'sam1', 'generated', 'agree']
 
 # %% ../../nbs/41_sam.ipynb #203ee208
+import contextlib
+import importlib
 import importlib.metadata
+import re
 from functools import lru_cache, partial
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
 
 from .masks import Proposals, cell_size, grid_size, select
-from ..files import check_choice, data_folder, read_checkpoint
+from ..files import check_choice, data_folder, read_checkpoint, shown
 
 # %% ../../nbs/41_sam.ipynb #5a41c003
 META = {  # where Meta's checkpoints are
@@ -167,15 +171,42 @@ def _net(engine, model, checkpoint, image_size, device):
 
 
 def _sam2_net(model, image_size):
-    "As the package's `build_sam2`, which only knows configurations of its own."
+    "As the package's `build_sam2`, which only knows configurations of its own, and only of the package's classes."
     import sam2
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
-    name = SAM2[model][0] if model in SAM2 else model
-    configuration = OmegaConf.load(name if Path(name).is_file() else Path(sam2.__path__[0]) / name)
-    configuration.model.image_size = image_size
-    OmegaConf.resolve(configuration)
+    name = SAM2[model][0] if model in SAM2 else str(model)
+    file = next((f for f in (Path(name), Path(sam2.__path__[0]) / name) if f.is_file()), None)
+    if file is None or file.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"sam2: model={name!r} is unknown: use one of {', '.join(SAM2)}, or a YAML file that is there")
+    try:
+        configuration = OmegaConf.load(file)
+        configuration.model.image_size = image_size
+        OmegaConf.resolve(configuration)
+        _refuse_foreign(OmegaConf.to_container(configuration.model))
+    except Exception as error:  # of the YAML's own reader, too
+        why = shorten(str(error), 160)
+        raise ValueError(f"sam2: model={name!r}: {file} is no configuration of SAM 2 ({why})") from error
     return instantiate(configuration.model, _recursive_=True)
+
+
+def _refuse_foreign(part):
+    "Raise ValueError for a `_target_` that is no class of the package's models: hydra calls whatever is named there."
+    if isinstance(part, list):
+        for one in part: _refuse_foreign(one)
+    if not isinstance(part, dict): return
+    for key, value in part.items():
+        if key == "_target_":
+            module, _, name = str(value).rpartition(".")
+            inside = re.fullmatch(r"sam2\.modeling(\.\w+)+", module, re.A)
+            found = None
+            if inside:
+                with contextlib.suppress(ImportError): found = getattr(importlib.import_module(module), name, None)
+            if not isinstance(found, type) or found.__module__ != module:
+                raise ValueError(f"_target_={shown(value)} is no class of sam2.modeling")
+        elif key == "weights_path" and value is not None:
+            raise ValueError("weights_path: name the weights with checkpoint=<file>")
+        _refuse_foreign(value)
 
 # %% ../../nbs/41_sam.ipynb #5a41c007
 def _decode(generator, pixels, reduction):

@@ -24,6 +24,7 @@ class Part(NamedTuple):
     images: tuple
     labels: tuple = ()
     count: int | None = None
+    every: int = 1  # only so many-th image by name: another split's images once more
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ def listing(self: OnDisk, folder: Path, part: Part, labels: bool = True) -> tupl
     one without such files."""
     images, doubled = self._gather(folder, part.images, IMAGE_SUFFIXES, self.starts[0], [self.image_end])
     images = {key: path for key, (path, _) in images.items()}
+    if part.every > 1: images = {key: images[key] for key in sorted(images)[::part.every]}
     if not (labels and part.labels): return images, None, doubled
     ends = [form.end for form in self.forms]
     marks, more = self._gather(self.label_root(folder), part.labels, LABEL_SUFFIXES, self.starts[1], ends)
-    return images, {key: (path, self.forms[k]) for key, (path, k) in marks.items()}, doubled + more
+    marks = {key: (path, self.forms[k]) for key, (path, k) in marks.items() if part.every == 1 or key in images}
+    return images, marks, doubled + more
 
 
 @patch
@@ -218,7 +221,7 @@ def _acdc():
         parts = _splits(f"rgb_anon/{condition}/{{}}", f"gt/{condition}/{{}}", train=400, val=val, test=500)
         for part, one in parts.items():
             splits[f"{condition}/{part}"] = one
-            joined[part] = Part(*(a + b for a, b in zip(joined.get(part, ((), (), 0)), one)))
+            joined[part] = Part(*(a + b for a, b in zip(joined.get(part, ((), (), 0))[:3], one)))
     return splits | joined
 
 
@@ -236,7 +239,7 @@ _ANON = dict(forms=_forms("_gt"), image_end="_rgb_anon", deep=True, size=(1920, 
 DATASETS = {s.name: s for s in (
     OnDisk("gtav", ("gtav", "gta", "GTAV", "GTA", "gta5", "GTA5"),
         "Get GTAV from https://download.visinf.tu-darmstadt.de/data/from_games/ (images/ and labels/)",
-        _splits("images", "labels", train=24966),
+        _splits("images", "labels", train=24966) | {"source_val": Part(("images",), ("labels",), 500, every=50)},
         (_CONVERTED, LabelForm(all_ids("gtav"), converted="_labelTrainIds")), size=(1914, 1052), on_error="skip sizes"),
     OnDisk("synthia", ("synthia", "SYNTHIA", "RAND_CITYSCAPES", "synthia/RAND_CITYSCAPES"),
         "Get SYNTHIA-RAND-CITYSCAPES from https://synthia-dataset.net/downloads/ (RGB/ and GT/LABELS/)",

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -36,7 +35,7 @@ def look(
     problems, sizes, digest = [], {}, None
     try:
         digest = _hash(read_bytes(image), 12)
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, BadFile):
         pass  # reading it as an image says so below
     readers = (image, partial(read_image, rotation=rotation)), (label, partial(read_label, form=form))
     for path, read in readers[:1 if label is None else 2]:
@@ -114,7 +113,8 @@ def _named(name, root) -> Iterator[_Split]:
         return
     if wanted: check_choice(f"{name} in {folder}: split", wanted, parts)
     for split, part in parts.items():
-        if split != wanted if wanted else len(part.images) > 1: continue  # joined splits are looked at one by one
+        again = len(part.images) > 1 or part.every > 1  # of other splits, which are looked at one by one
+        if split != wanted if wanted else again: continue
         try:
             pairs, problems = _pairs(*source.listing(folder, part))
             yield _Split(name, split, pairs, problems, folder.absolute(), part.count, source.on_error)

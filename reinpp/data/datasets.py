@@ -9,6 +9,7 @@ __all__ = ['POLICIES', 'IMAGE_SUFFIXES', 'LABEL_SUFFIXES', 'ROTATIONS', 'Dataset
 # %% ../../nbs/14_datasets.ipynb #64be73a2
 import bisect
 import io
+import math
 import struct
 import warnings
 import zipfile
@@ -153,6 +154,8 @@ class Scenes:
 
     def image(self, i): return self.pair(i)[0]
 
+    def size(self, i): return self.how[2]
+
     def label(self, i): return self.pair(i)[1]
 
     def instances(self, i): return self.draw(i).instances
@@ -213,11 +216,52 @@ def _reading(path) -> Iterator[None]:
         raise BadFile(message) from None
 
 
+def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    "The parts of a PNG, up to its end. ValueError where it ends too early or a checksum is wrong."
+    at, kind = 8, b""
+    while kind != b"IEND":
+        if at + 12 > len(data):
+            raise ValueError("it ends too early")
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        if zlib.crc32(memoryview(data)[at + 4:end]).to_bytes(4) != data[end:end + 4]:
+            raise ValueError("it is damaged: a checksum is wrong")
+        yield kind, memoryview(data)[at + 8:end]
+        at = end + 4
+
+
+def _checked(path, label):
+    """A file's bytes, a PNG's with every checksum right; few enough pixels; of a label, values as they were saved.
+
+    PIL itself does not look at the checksums of pixels, and stretches grey values of 1, 2 and 4 bits."""
+    data = read_bytes(path)
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"): return data
+    chunks = _chunks(data)
+    width, height, bits, colour = struct.unpack_from(">IIBB", next(chunks)[1])
+    _check_size(path, width, height)
+    if label and colour == 0 and bits < 8:
+        raise BadFile(f"{path}: a grey label of {bits} bits, whose values PIL would stretch; save it with 8 bits")
+    pixels, most = zlib.decompressobj(), 4 * (height + 8) * (width * bits // 8 + 8)  # four channels, seven passes
+    for kind, body in chunks:
+        if label and kind == b"IDAT" and not pixels.eof: most -= len(pixels.decompress(body, max(1, most)))
+    if label and not pixels.eof:  # at whose end zlib compares its own checksum
+        raise ValueError("it is damaged: its pixels end too early or too late")
+    return data
+
+
+def _check_size(path, width, height):
+    "BadFile for more pixels than PIL's own limit, which may be set."
+    most = Image.MAX_IMAGE_PIXELS
+    if width * height > (most or math.inf):
+        raise BadFile(f"{path}: {width}x{height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS={most}: set that higher "
+                      "if the file is meant to be so large")
+
+
 def _decode(path, kind, modes, rotation="refuse"):
     "The pixels of a file of one of PIL's `modes`; of an image in RGB."
     formats = ("PNG", "JPEG") if kind == "image" else ("PNG",)  # others may start programs, as EPS does
-    with _reading(path), Image.open(io.BytesIO(read_bytes(path)) if isinstance(path, Member) else path,
-            formats=formats) as file:
+    with _reading(path), Image.open(io.BytesIO(_checked(path, kind == "label")), formats=formats) as file:
+        _check_size(path, *file.size)
         if file.mode not in modes:
             raise BadFile(f"{path}: {kind} of mode {file.mode}; can be read: {', '.join(modes)}. Convert the file")
         if rotation != "ignore" and file.getexif().get(0x0112, 1) in range(2, 9):
@@ -255,7 +299,7 @@ def _decode_deep(path):
     "The first channel of a 16-bit colour PNG."
     import cv2
     with _reading(path):
-        data = read_bytes(path)
+        data = _checked(path, label=True)
         # blue, green, red
         channels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if b"IEND" in data[-12:] else None
         if channels is None:
@@ -299,6 +343,16 @@ class Files:
 
     def image(self, i): return read_image(self.image_paths[i], self.rotation)
 
+    def size(self, i):
+        "Height and width of an image, from the head of its file."
+        path = self.image_paths[i]
+        with _reading(path):
+            plain = not isinstance(path, Member) and path.is_file()  # of which only the head is read
+            file = Image.open(path if plain else io.BytesIO(read_bytes(path)), formats=("PNG", "JPEG"))
+        with file:
+            turned = self.rotation == "apply" and file.getexif().get(0x0112, 1) > 4
+            return file.size if turned else file.size[::-1]
+
     def label(self, i): return read_label(self.label_paths[i], self.forms[i])
 
     def instances(self, i):
@@ -318,6 +372,7 @@ class Concat:
         return getattr(self.datasets[k].reader, what)(i - (self.ends[k - 1] if k else 0))
 
     image = partialmethod(ask, "image")
+    size = partialmethod(ask, "size")
     label = partialmethod(ask, "label")
     instances = partialmethod(ask, "instances")
 

@@ -17,7 +17,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..labels import IGNORE
-from ..processes import all_gather, get_world_size, local_rows
 
 # %% ../../nbs/17_transforms.ipynb #7409c4d7
 class Geometry(NamedTuple):
@@ -32,6 +31,13 @@ class Geometry(NamedTuple):
     def inside(self) -> tuple[int, int]:
         "Height and width of the part of the crop that lies in the image: the rest is padding."
         return min(self.crop[0], self.size[0] - self.top), min(self.crop[1], self.size[1] - self.left)
+
+    @property
+    def valid(self) -> torch.Tensor:
+        "Bool (H, W) of the crop: True where it is image, False in the padding."
+        (h, w), valid = self.inside, torch.zeros(self.crop, dtype=torch.bool)
+        valid[:h, :w] = True
+        return valid
 
     def cut(self, x: torch.Tensor, fill: float = 0) -> torch.Tensor:
         "Crop, flip and pad (..., h, w) that has already been resized to `size`."
@@ -182,28 +188,22 @@ def random_block_mask(
 
 # %% ../../nbs/17_transforms.ipynb #c2ff4fd3
 def mix_images(
-    source: torch.Tensor,  # (B, 3, H, W) in [0, 1]
-    label: torch.Tensor,  # (B, H, W) trainIds, 255 is no class
-    target: torch.Tensor,  # (B, 3, H, W) in [0, 1]
-) -> tuple[torch.Tensor, torch.Tensor]:  # (B, 3, H, W), and where the source shows (B, H, W) bool
-    "Half of each source image's classes pasted onto the target image, colours disturbed."
-    source, label, target = (all_gather(x) for x in (source, label, target))
-    unknown = torch.full_like(label[0], IGNORE)
-    mixed = [class_mix(s, y, t, unknown, 0.0) for s, y, t in zip(source, label, target)]
-    images = torch.stack([strong_augment(image) for image, *_ in mixed])
-    return local_rows(images), local_rows(torch.stack([pasted for *_, pasted in mixed]))
+    source: torch.Tensor,  # (3, H, W) in [0, 1]
+    label: torch.Tensor,  # (H, W) trainIds, 255 is no class
+    target: torch.Tensor,  # (3, H, W) in [0, 1]
+) -> tuple[torch.Tensor, torch.Tensor]:  # (3, H, W), and where the source shows (H, W) bool
+    "Half of the source image's classes pasted onto the target image, colours disturbed."
+    image, _, _, pasted = class_mix(source, label, target, torch.full_like(label, IGNORE), 0.0)
+    return strong_augment(image), pasted
 
 
 def hide_blocks(
     images: torch.Tensor,  # (B, 3, H, W) in [0, 1]
+    hidden: torch.Tensor,  # (B, H, W) bool, of `random_block_mask`
     mean: torch.Tensor,  # (1, 3, 1, 1): the colour that is 0 after normalisation
-    block: int = 32,  # side in pixels (64 for crops of 1024)
-    ratio: float = 0.7,  # share of the blocks that is hidden
 ) -> torch.Tensor:
-    "Images with random blocks replaced by the mean colour."
-    number, size = len(images) * get_world_size(), images.shape[-2:]
-    hidden = local_rows(torch.stack([random_block_mask(*size, block, ratio) for _ in range(number)]))
-    return torch.where(hidden.to(images.device)[:, None], mean.to(images.dtype), images)
+    "Images whose hidden pixels have the mean colour."
+    return torch.where(hidden[:, None], mean.to(images.dtype), images)
 
 # %% ../../nbs/17_transforms.ipynb #311a0ebd
 def pasta(

@@ -138,20 +138,23 @@ HOLDS = ("fp32", "bf16", "int8", "int4")
 
 
 def hold_in(model: nn.Module, hold: str, device: str | torch.device | None) -> nn.Module:
-    """The same frozen model, held as one of `HOLDS`: the blocks' matrices in int8 or int4 (torchao), the rest in bf16.
+    """The same frozen model, the blocks' matrices held as one of `HOLDS` (int8 and int4 by torchao), the rest in fp32.
 
-    Raises `ImportError` without torchao, `ValueError` where it does not work."""
+    Int8 is for inference: in training torchao keeps a bf16 copy of each matrix for backward, int4 does not. Raises
+    `ImportError` without torchao, `ValueError` where it does not work."""
+    linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
     if hold != "fp32":
-        for p in model.parameters():
-            p.data = p.data.to(torch.bfloat16)  # not the buffers: angles of rotary positions want 32 bits
+        for m in linears: m.weight.data = m.weight.data.to(torch.bfloat16)
     model.to(device=device)
     if hold in ("fp32", "bf16"): return model
     try:
         from torchao.quantization import Int8WeightOnlyConfig, NF4Tensor, quantize_
     except ImportError as error:
         raise ImportError(f"hold={hold!r} needs torchao: pip install 'reinpp[quantize]', or use 'bf16'") from error
-    linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)
-        and (hold == "int8" or m.weight.numel() % 2048 == 0)]
+    for m in linears:  # autocast does not reach into torchao
+        m.register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16), *args[1:]))
+        if m.bias is not None: m.bias.data = m.bias.data.to(torch.bfloat16)
+    if hold == "int4": linears = [m for m in linears if m.weight.numel() % 2048 == 0]
     try:
         if hold == "int8":
             quantize_(model.blocks, Int8WeightOnlyConfig(set_inductor_config=False))
@@ -165,9 +168,8 @@ def hold_in(model: nn.Module, hold: str, device: str | torch.device | None) -> n
             raise RuntimeError("no gradient reaches the activations")
     except (RuntimeError, NotImplementedError, TypeError, ImportError, AssertionError, IndexError) as error:
         raise ValueError(f"hold={hold!r} does not work here, use 'bf16': {shorten(repr(error), 150)}") from error
-    for name, m in model.blocks.named_modules():  # under autocast norms put out 32 bits, which torchao would multiply
-        if name.endswith(("norm1", "norm2")):
-            m.register_forward_hook(lambda module, args, output: output.to(torch.bfloat16))
+    for name, m in model.blocks.named_modules():  # EVA reads the weight of `qkv` past the module
+        if name.endswith("norm1"): m.register_forward_hook(lambda module, args, output: output.to(torch.bfloat16))
     return model
 
 
@@ -295,6 +297,7 @@ def extract_features(
         raise ValueError(f"image size {height}x{width} is not a multiple of the patch ({patch}): pad it")
     read = partial(model.forward_intermediates, indices=list(layers or feature_layers(len(model.blocks))),
         intermediates_only=True, norm=False)
-    if model.patch_embed.proj.weight.dtype == images.dtype: return read(images)
+    matrix = next(m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear))
+    if matrix.dtype == images.dtype: return read(images)
     with torch.autocast(images.device.type, torch.bfloat16):
         return [m.to(images.dtype) for m in read(images)]  # held in fewer bits

@@ -8,17 +8,17 @@ __all__ = ['HEADS', 'PER_PIXEL', 'STRIDES', 'Segmenter', 'create_segmenter', 'ti
 # %% ../../nbs/27_segmenter.ipynb #459fd917
 import json
 from pathlib import Path
+from textwrap import shorten
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
 from ..files import check_choice
-from .adapter_files import IDENTITY, check_fits, read_adapter, write_adapter
+from .adapter_files import IDENTITY, SETTINGS, check_config, check_fits, read_adapter, write_adapter
 from .backbones import IMAGENET_MEAN, IMAGENET_STD, create_backbone, extract_features, patch_size_of
-from .baselines import create_adapter
+from .baselines import ADAPTERS, create_adapter
 from .mask2former import HeadOutput, Mask2Former
 from .semantic_fpn import PixelOutput, SemanticFPN
 
@@ -59,7 +59,9 @@ class Segmenter(nn.Module):
         return self.head(self.features(images), self.adapter.queries())
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
-        "s_k (B, K, H / 4, W / 4) float32 of the last prediction, in about [0, 1]: take the argmax, never a softmax."
+        """s_k (B, K, H / 4, W / 4) float32 of the last prediction, in about [0, 1], as training losses take it.
+
+        Predictions come from `predict`, whose masks are resized before the sigmoid. Never a softmax."""
         return self(images).scores()
 
 # %% ../../nbs/27_segmenter.ipynb #a9df9fa0
@@ -77,6 +79,7 @@ def create_segmenter(
     backbone_args: dict = {},  # further ones of `create_backbone`, e.g. dict(hold="bf16")
 ) -> Segmenter:
     "Frozen backbone + adapter + head, in eval mode. Raises `ValueError` for what is unknown or does not fit."
+    check_choice("adapter", adapter, ADAPTERS)
     check_choice("head", head, HEADS)
     check_choice("normalization", normalization, ("own", "imagenet"))
     if num_classes < 1:
@@ -90,6 +93,7 @@ def create_segmenter(
         config = json.loads(json.dumps(config))  # as it comes back from a file: lists, no tuples
     except TypeError as error:
         raise ValueError(f"arguments go into the adapter file: use plain numbers, strings, lists ({error})") from error
+    check_config("create_segmenter", config)
     vit = create_backbone(backbone, image_size, pretrained=pretrained, weights=weights, **backbone_args)
     patch_size = patch_size_of(vit)
     if image_size % patch_size:
@@ -165,8 +169,7 @@ def window_scores(self: Segmenter, images: torch.Tensor) -> torch.Tensor:
         padded = self.mean.to(images.dtype).expand(len(images), 3, *size).clone()
         padded[..., :height, :width] = images
         images = padded
-    scores = F.interpolate(self.scores(images).float(), size, mode="bilinear", align_corners=False)
-    return scores[..., :height, :width]
+    return self(images).scores(size)[..., :height, :width]
 
 # %% ../../nbs/27_segmenter.ipynb #c93a0f5d
 @patch
@@ -210,7 +213,10 @@ def save_adapter(
 @patch
 def load_adapter(self: Segmenter, folder: str | Path) -> Segmenter:
     "Itself, with the adapter of a folder in its own dtype; as it was where `read_adapter` or `check_fits` raises."
-    config, state = read_adapter(folder)
+    return _take(self, folder, *read_adapter(folder))
+
+
+def _take(self, folder, config, state):
     own = self.trained_state()
     check_fits(folder, config, state, self.config, own)
     moved = {name: state[name].to(t) for name, t in own.items()}  # what can fail, fails before anything is changed
@@ -222,9 +228,28 @@ def load_segmenter(
     folder: str | Path,  # that `save_adapter` wrote
     **changes,  # of `create_segmenter`'s arguments, e.g. weights=<file>
 ) -> Segmenter:
-    "The segmenter that an adapter folder was saved from, backbone included."
-    config, _ = read_adapter(folder)
-    return create_segmenter(**{key: config[key] for key in (*IDENTITY, "image_size")} | changes).load_adapter(folder)
+    """The segmenter that an adapter folder was saved from, backbone included.
+
+    Raises what `read_adapter` does, and `ValueError` for a folder whose settings make no segmenter, or another one than
+    its tensors are of, before anything large is made."""
+    config, state = read_adapter(folder)
+    arguments = {key: config[key] for key in (*IDENTITY, "image_size")} | changes
+    check_fits(folder, config, state, *_sketch(folder, arguments))
+    return _take(create_segmenter(**arguments), folder, config, state)
+
+
+def _sketch(folder, arguments):
+    "Config and trained state of the segmenter on the `meta` device, where sizes take neither memory nor time."
+    backbone_args = {k: v for k, v in arguments["backbone_args"].items() if k != "hold"} | dict(device="meta")
+    try:
+        with torch.device("meta"):
+            sketch = create_segmenter(**arguments | dict(pretrained=False, weights=None, backbone_args=backbone_args))
+        if arguments["image_size"] > 512 * patch_size_of(sketch.backbone):
+            raise ValueError(f"image_size={arguments['image_size']}: more than 512 patches a side")
+    except Exception as error:  # whatever timm and torch say of sizes that do not go together
+        why = shorten(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(f"{Path(folder) / SETTINGS}: no segmenter can be made of it ({why}): fetch another") from error
+    return sketch.config, sketch.trained_state()
 
 # %% ../../nbs/27_segmenter.ipynb #94c1fa6e
 @patch

@@ -22,15 +22,22 @@ class PixelOutput:
     "What a head says that labels pixels."
     logits: Tensor  # (B, K, h, w) at stride 4
 
-    def scores(self) -> Tensor:  # (B, K, h, w) float32
+    def scores(
+        self,
+        size: tuple[int, int] | None = None,  # (H, W) of a prediction: logits are resized to it; None: stride 4
+    ) -> Tensor:  # (B, K, H, W), or (B, K, h, w), float32
         "The softmax over the classes: in [0, 1], of sum 1. Argmax it or average it; no second softmax."
-        return self.logits.float().softmax(1)
+        logits = self.logits.float()
+        if size is not None: logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+        return logits.softmax(1)
 
     def loss(
         self,
         labels: Tensor,  # (B, H, W) integer trainIds, 255 = ignore
         num_classes: int,  # K
         num_points: int | None = None,  # not used: there are no masks to look at
+        valid: Tensor | None = None,  # (B, H, W) bool: pixels of which something is known; None: all
+        generators: list | None = None,  # not used: nothing is drawn
     ) -> dict[str, Tensor]:  # total
         """Cross-entropy, float32, averaged over the labelled pixels of all processes; 0 where there is none.
 
@@ -42,7 +49,7 @@ class PixelOutput:
         if strange.any():
             raise ValueError(f"PixelOutput.loss: labels contain {labels[strange].unique().tolist()}, but the head has "
                              f"{num_classes} classes (0..{num_classes - 1}) and {IGNORE} for ignore")
-        return {"total": self.pixel_loss(labels)}
+        return {"total": self.pixel_loss(labels if valid is None else labels.masked_fill(~valid, IGNORE))}
 
     def pixel_loss(self, labels: Tensor) -> Tensor:
         "The same mean over pixels as `loss`, its labels taken on trust."

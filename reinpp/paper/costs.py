@@ -82,9 +82,14 @@ def synthetic_batch(row: Row, device: torch.device) -> dict[str, torch.Tensor]:
         end = start + torch.randint(max(2, len(line) // 16), len(line) // 2, start.shape, generator=draw)
         inside = (line >= start[..., None]) & (line < end[..., None])  # (2, images, limit, axes, cells)
         source_masks, target_masks = pack(inside[..., 0, :, None] & inside[..., 1, None, :])
-        made = dict(source=made["image"], source_label=label, source_masks=source_masks, target=picture(),
-            target_inside=torch.ones_like(label, dtype=torch.bool), target_masks=target_masks)
-    return {name: value.to(device) for name, value in made.items()}
+        target, everywhere = picture(), torch.ones_like(label, dtype=torch.bool)
+        blocks = F.interpolate(torch.rand(images, 2, crop // 32, crop // 32, generator=draw), crop)
+        hidden, pasted = blocks[:, 0] < 0.7, blocks[:, 1] < 0.5
+        made = dict(source=made["image"], source_label=label, source_inside=everywhere, source_masks=source_masks,
+            target=target, target_inside=everywhere, target_masks=target_masks, hidden=hidden, pasted=pasted,
+            mixed=torch.where(pasted[:, None], made["image"], target))
+    else: made["valid"] = torch.ones_like(label, dtype=torch.bool)
+    return {name: value.to(device) for name, value in made.items()} | dict(draw=torch.arange(images))
 
 # %% ../../nbs/51_costs.ipynb #44117645
 class Job:

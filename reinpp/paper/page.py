@@ -30,10 +30,6 @@ from reinpp.paper.report import (
 from .tables import check_names, check_parameters, choose_preset, fill, wanted
 
 # %% ../../nbs/57_page.ipynb #bcaeef9f
-def _assigned(source):
-    return [n.targets[0].id for n in ast.parse(source).body if isinstance(n, ast.Assign)]
-
-
 def parameters_of(name: str) -> dict:
     "Names and defaults of a page's parameters."
     file = data_folder().parent / "nbs" / f"{name}.ipynb"
@@ -47,12 +43,7 @@ def given(
     known: dict,  # `parameters_of` it
 ) -> dict:
     "The parameters' values. Raises ValueError for one that the notebook does not have."
-    if cells_run := namespace.get("In"):
-        names = [name for cell in cells_run if cell.startswith("# Parameters\n") for name in _assigned(cell)]
-        check_names(dict.fromkeys(names), " ".join(known))
-    elif "_opened" not in namespace:
-        check_names(namespace, " ".join(known))
-    namespace["_opened"] = True
+    check_names(namespace, " ".join(known))
     return {name: namespace.get(name, value) for name, value in known.items()}
 
 # %% ../../nbs/57_page.ipynb #6d507b31

@@ -25,7 +25,7 @@ from ..models.adapter_files import SETTINGS, read_adapter
 from ..models.segmenter import Segmenter, create_segmenter
 from .experiments import METHODS, PRESETS, Experiment, Ledger, open_domain, plan
 from ..processes import barrier, broadcast, get_rank, get_world_size, init_process_group, local_batch_size
-from ..training.evaluation import evaluate, evaluate_set
+from ..training.evaluation import CONDITIONS, evaluate, evaluate_set, protocol, scorecard
 from ..training.generalize import Generalize
 from ..training.run_folder import Stopped, locked
 from ..training.train import fit
@@ -135,7 +135,23 @@ def _evaluate(segmenter, domain, experiment, data_root):
     else:
         result = evaluate(segmenter, open_domain(domain, data_root), window=experiment.window,
             stride=experiment.stride, size=experiment.size)
-    return {k: result[k] for k in ("miou", "pixel_accuracy", "iou", "images")}
+    kept = ("miou", "pixel_accuracy", "iou", "images")
+    parts = {name: {k: part[k] for k in kept} for name, part in result.get("parts", {}).items()}
+    return {k: result[k] for k in kept} | (dict(parts=parts) if parts else {})
+
+
+def _score(segmenter, domain, experiment, data_root):
+    "The scorecard of one domain, whose labels are not opened: of 20 images (or fewer), spread evenly."
+    name, _, split = domain.partition(":")
+    paper = experiment.size == "protocol"
+    seen = protocol(name, experiment.data["crop"]) if paper else dict(size=experiment.size)
+    whole = name == "acdc" and "/" not in split  # a set of four parts
+    dataset = open_domain("+".join(f"{name}:{c}/{split}" for c in CONDITIONS) if whole else domain, data_root, False)
+    count = min(20, len(dataset))
+    seen = dict(window=experiment.window, stride=experiment.stride) | seen
+    seen.pop("shrink", None)  # `fit` bounds both edges
+    return scorecard(segmenter, dataset, make_proposals(dataset, "classical", reduction=4 if paper else 2),
+        indices=[i * len(dataset) // count for i in range(count)], **seen)
 
 # %% ../../nbs/52_runs.ipynb #1c93f5ae
 def run(
@@ -174,9 +190,11 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
         if first: print(f"evaluating {experiment} on {', '.join(experiment.evaluate_on)}", flush=True)
         segmenter.to(device)
         metrics = {domain: _evaluate(segmenter, domain, experiment, data_root) for domain in experiment.evaluate_on}
+        scores = {d: _score(segmenter, d, experiment, data_root) for d in experiment.evaluate_on} if first else {}
         start = dict(start_iterations=experiment.start.training["iterations"]) if experiment.start else {}
         record = dict(
-            key=experiment.key, config=experiment.config(), metrics=metrics, training=training,
+            key=experiment.key, training_key=experiment.training_key, config=experiment.config(), metrics=metrics,
+            scores=scores, training=training,
             seconds=round(time.time() - began, 1), **start, parameters=segmenter.trainable_parameters(),
             versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
         if first and known is None: ledger.put(experiment, record)

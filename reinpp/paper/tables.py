@@ -7,6 +7,7 @@ __all__ = ['check_names', 'check_parameters', 'missing_for_paper', 'choose_prese
            'memory_needed', 'lacking', 'preflight', 'reason_of', 'fill']
 
 # %% ../../nbs/54_tables.ipynb #4545ad5b
+import ast
 import importlib.util
 import os
 import shutil
@@ -29,12 +30,19 @@ def check_names(
     namespace: dict,  # `globals()` of the notebook, before anything else is defined
     known: str,  # names of its parameters, separated by blanks
 ) -> None:
-    "Nothing comes back. Raises ValueError for a parameter that the notebook does not have (a misspelt `-p`)."
+    """Nothing comes back. Raises ValueError for a parameter that the notebook does not have (a misspelt `-p`).
+
+    In a kernel that is what papermill has put in; so a page can be changed and run again."""
+    if cells := namespace.get("In"):
+        nodes = [n for cell in cells if cell.startswith("# Parameters\n") for n in ast.parse(cell).body]
+        namespace = {n.targets[0].id: None for n in nodes if isinstance(n, ast.Assign)}
+    elif "_opened" in namespace: return
     plain = (str, int, float, bool, list, dict, type(None))
     unknown = [name for name, value in namespace.items() if isinstance(value, plain) and not name.startswith("_")
         and name not in ("In", "Out", *known.split())]
     if unknown:
         raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook takes {', '.join(known.split())}")
+    namespace["_opened"] = True
 
 
 def check_parameters(

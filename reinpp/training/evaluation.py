@@ -85,19 +85,23 @@ def predictions(
     fit: tuple[int, int] | None = None,  # instead of `size`: (long edge, short edge) to scale to, aspect kept
     shrink: int = 1,  # first make image and label so many times smaller
     indices: list[int] | None = None,  # of the images to predict; None: all
+    precision: str = "auto",  # "bf16" autocast, "float32", or "auto": bf16 on a GPU, float32 on a CPU
 ) -> Iterator[tuple]:
     """Yield `(name, prediction, label, image)` for each image.
 
     Uint8 (H, W) trainIds on `device`, uint8 (H, W) or None, uint8 (3, H, W). The segmenter is in eval mode meanwhile
-    and put back afterwards, also when this is left early. ValueError where both `size` and `fit` are given."""
+    and put back afterwards, also when this is left early. Scores are summed and compared in float32 whatever the
+    precision. ValueError for another precision, and where both `size` and `fit` are given."""
+    check_choice("precision", precision, ("auto", "bf16", "float32"))
     if size is not None and fit is not None:
         raise ValueError(f"size={size} and fit={fit}: name one of them")
     device = device or next((p.device for p in segmenter.parameters()), "cpu")
-    training = segmenter.training
+    kind, training = torch.device(device).type, segmenter.training
+    if precision == "auto": precision = "bf16" if kind == "cuda" else "float32"
     segmenter.eval()
     try:
         for images, kept in _batches(dataset, size, fit, shrink, batch, progress, indices):
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
                 scores = segmenter.predict(images.to(device).float() / 255, window=window, stride=stride)
                 scores = fold_scores(scores, dataset.fold)
                 sized = (score if score.shape[-2:] == image.shape[-2:] else
@@ -118,7 +122,7 @@ def evaluate(
     device: str | torch.device | None = None,  # None: where the segmenter is
     progress: bool = False,  # say how far it is
     save: str | Path | None = None,  # a folder for the predictions
-    **options: Any,  # of `predictions`: window, stride, size or fit, shrink
+    **options: Any,  # of `predictions`: window, stride, size or fit, shrink, precision
 ) -> dict:
     """`iou` {class name: float}, NaN for classes that are absent or that the set does not label.
 
@@ -328,6 +332,7 @@ def scorecard(
     proposals: Sequence,  # of each image, with `masks` (M, h, w), as a store gives them
     teacher: nn.Module | None = None,  # a second one like the segmenter
     size: tuple[int, int] | None = None,  # (height, width) that the models see
+    fit: tuple[int, int] | None = None,  # (long, short) edge that they stay within, instead of size
     indices: Sequence[int] | None = None,  # of the images; None: all
     block: int = 16,  # side of what is hidden, pixels
     ratio: float = 0.5,  # share that is hidden
@@ -349,7 +354,8 @@ def scorecard(
     try:
         for i in indices:
             image = dataset.read_image(i).as_subclass(torch.Tensor)
-            x = (image if size is None else resize_image(image, size))[None].to(device).float() / 255
+            seen = size if fit is None else short_edge_size(*image.shape[-2:], min(fit), max(fit))
+            x = (image if seen is None else resize_image(image, seen))[None].to(device).float() / 255
             scores = segmenter.predict(x, **options)[0].float()
             shares, found = (scores / scores.sum(0).clamp(min=1e-12)).flatten(1).cpu(), scores.argmax(0)
             views = dict(mirror=segmenter.predict(x.flip(-1), **options).flip(-1),

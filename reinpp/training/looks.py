@@ -38,7 +38,7 @@ class Look:
     places: tuple  # (top, left, height, width) of each window
     covered: tuple  # (height, width) in pixels of what a window's maps show: the window, and padding
     classes: np.ndarray | None  # (windows, Q, K) float32 of the queries; None: a head without queries
-    masks: np.ndarray | None  # (windows, Q, h, w) float16 of the queries, after the sigmoid
+    masks: np.ndarray | None  # (windows, Q, h, w) float16 of the queries, logits
     attention: np.ndarray | None  # (windows, blocks, heads, m, rows, columns) float16; None: not Rein-G
     proposals: np.ndarray | None = None  # (H, W) uint8: number of the smallest proposal, 255 = none
 
@@ -91,7 +91,7 @@ def look(
     classes = masks = attention = None
     if isinstance(ears.outputs[0], HeadOutput):
         classes = torch.cat([o.class_logits[-1].float().softmax(-1)[..., :-1] for o in ears.outputs]).cpu().numpy()
-        masks = torch.cat([o.mask_logits[-1].float().sigmoid().half() for o in ears.outputs]).cpu().numpy()
+        masks = torch.cat([o.mask_logits[-1].float().clamp(-99, 99).half() for o in ears.outputs]).cpu().numpy()
     if ears.blocks:
         every = [torch.cat(ears.blocks[layer]).unflatten(-1, tuple(ears.grid)) for layer in sorted(ears.blocks)]
         attention = torch.stack(every, 1).numpy()
@@ -128,8 +128,8 @@ def explain(look: Look, x: int, y: int) -> Pixel:
     inside = [i for i, (top, left, h, w) in enumerate(look.places) if top <= y < top + h and left <= x < left + w]
     queries = tokens = None
     if look.masks is not None:
-        parts = [look.classes[i] * _sample(look.masks[i], look, look.places[i], x, y)[:, None] for i in inside]
-        queries = np.mean(parts, 0)
+        logits = [_sample(look.masks[i], look, look.places[i], x, y)[:, None] for i in inside]
+        queries = np.mean([look.classes[i] / (1 + np.exp(-m)) for i, m in zip(inside, logits)], 0)
     if look.attention is not None:
         tokens = np.mean([_sample(look.attention[i], look, look.places[i], x, y) for i in inside], 0)
     return Pixel(look.scores[:, y, x].astype(np.float32), queries, tokens)

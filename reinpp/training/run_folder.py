@@ -28,7 +28,7 @@ from ..files import BadFile, device_name, write_atomically
 from ..processes import broadcast, get_rank
 
 # %% ../../nbs/36_run_folder.ipynb #6b102ce0
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR2") if hasattr(signal, n)]
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
 
 
 class TrainingError(RuntimeError):
@@ -115,6 +115,11 @@ class RunFolder:
         return self.done
 
     def seconds(self) -> float: return self.earlier + time.perf_counter() - self.start
+
+    def asked(self) -> Path | None:
+        "The file that asks this run to stop, if somebody put it there."
+        file = self.folder / "stop" if self.writes else None
+        return file if file and file.exists() else None
 
     def where(self) -> str:
         at = f"at iteration {self.done} of {self.settings['iterations']}"
@@ -253,7 +258,7 @@ def log(self: RunFolder, terms: dict, lr: float) -> None:
     "Add a line to the log."
     self.check()
     values = {k: [t[k] for t in self.unlogged if k in t] for k in terms}
-    entry = dict(iteration=self.done, seconds=round(self.seconds(), 2), lr=lr,
+    entry = dict(iteration=self.done, of=self.settings["iterations"], seconds=round(self.seconds(), 2), lr=lr,
                  **{k: sum(v) / len(v) for k, v in values.items()})
     with open(self.folder / "log.jsonl", "a") as f: f.write(json.dumps(entry) + "\n")
 

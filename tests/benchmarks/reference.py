@@ -13,7 +13,7 @@ from torch import nn
 
 from reinpp.adaptation.masks import compose, pad, unpack
 from reinpp.adaptation.rein_a import ReinA, pseudo_label, stm_label
-from reinpp.data.transforms import hide_blocks, mix_images
+from reinpp.data.transforms import hide_blocks
 from reinpp.labels import IGNORE
 from reinpp.models.backbones import extract_features
 from reinpp.models.losses import normalized_score_loss, paired_loss
@@ -232,7 +232,9 @@ class Plain(nn.Module):
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] -> scores (B, K, H, W)."
-        return F.interpolate(self(images).scores(), images.shape[-2:], mode="bilinear", align_corners=False)
+        output = self(images)
+        masks = F.interpolate(output.mask_logits[-1], images.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.einsum("bqk,bqhw->bkhw", output.class_logits[-1].softmax(-1)[..., :-1], masks.sigmoid())
 
 
 class PlainTraining:
@@ -289,20 +291,21 @@ class PlainReinA(PlainTraining):
         "Algorithm 1 with its gradients; the loss."
         o, segmenter, stm, limit = self.o, self.segmenter, self.stm, self.o.settings.limit
         x_s, y_s, x_t, inside = (batch[k] for k in ("source", "source_label", "target", "target_inside"))
-        x_mix, pasted = mix_images(x_s, y_s, x_t)
+        x_mix, pasted = batch["mixed"], batch["pasted"]
         with torch.no_grad(), self._as_teacher():
             f_t = segmenter.features(x_t)
             answer = segmenter.head(f_t, segmenter.adapter.queries())
             f_s, f_mix = segmenter.features(x_s), segmenter.features(x_mix)
             pseudo = pseudo_label(answer.scores(), inside, o.settings.tau, o.settings.weighting, o.settings.margins)
             masks_s, masks_t = (unpack(batch[name], x_s.shape[-1] // 4) for name in ("source_masks", "target_masks"))
-            c_stm = stm_label(stm(f_t, *pad(masks_t, limit)), inside, o.settings.stm_least)
+            c_stm, valid = stm_label(stm(f_t, *pad(masks_t, limit)), inside, o.settings.stm_least)
+            c_stm = c_stm.masked_fill(~valid, IGNORE)  # their loss knows no `valid`: it draws its points there, too
         total = segmenter.loss(segmenter(x_s), y_s) + segmenter.loss(stm(f_s, *pad(masks_s, limit)), y_s)
         y_mix, weight = torch.where(pasted, y_s, pseudo.label), pseudo.weight.masked_fill(pasted, 1)
         total = total + o.settings.alpha * normalized_score_loss(segmenter(x_mix).scores(), y_mix, weight)
         output = stm(f_mix, *pad(compose(masks_s, masks_t, pasted), limit))
         total = total + o.settings.alpha * normalized_score_loss(output.scores(), y_mix, weight)
-        output = segmenter(hide_blocks(x_t, segmenter.mean, o.settings.mask_block, o.settings.mask_ratio))
+        output = segmenter(hide_blocks(x_t, batch["hidden"], segmenter.mean))
         paired = paired_loss(output, answer.class_logits[-1], answer.mask_logits[-1], inside)["total"]
         total = total + o.settings.beta * paired + o.settings.beta * segmenter.loss(output, c_stm)
         total.backward()
