@@ -112,9 +112,13 @@ def add_docments(app, what, name, value, options, lines):
     if what not in ("function", "method", "class"):
         return
     try:
-        comments = docments(value)
+        comments, source = docments(value), inspect.getsource(value.__init__ if what == "class" else value)
     except Exception:  # no source: a wrapped or a made object
         return
+    # docments takes the comment of **options for the return value's
+    if more := re.search(r"(?m)^\s*\*\*(\w+)\b[^#\n]*#\s*(.*)$", source):
+        comments[more[1]] = more[2]
+        comments["return"] = None if comments.get("return") == more[2] else comments.get("return")
     returned, comments = comments.pop("return", None), {key: text for key, text in comments.items() if text}
     fields = [f":param {key}: {plain(text)}" for key, text in comments.items() if key != "self"]
     fields += [f":returns: {plain(returned)}"] if returned else []
@@ -124,7 +128,7 @@ def add_docments(app, what, name, value, options, lines):
 # ---- The extension
 
 MADE = {"public names": public, "zoo measured": zoo.measured, "zoo weights": zoo.weights, "zoo paper": zoo.paper,
-    "card": zoo.card}
+    "card": zoo.card, "proofs": zoo.proofs}
 MADE |= {f"wing {name or 'ground'}": lambda name=name: wing(name) for name in WINGS}
 
 

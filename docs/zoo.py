@@ -85,6 +85,23 @@ def paper():
     return table(rows)
 
 
+# ---- What `make proofs` found
+
+LOST = "other_states", "accepted"  # counts of what went wrong
+
+
+def proofs():
+    "One row for each count that tests/proofs/ has noted."
+    file = ROOT / "tests" / "proofs" / "results.json"
+    if not file.exists(): return "No results yet: `make proofs` notes them."
+    rows = []
+    for what, counts in json.loads(file.read_text()).items():
+        often = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items() if name not in LOST)
+        lost = [f"{counts[name]} {name.replace('_', ' ')}" for name in LOST if counts.get(name)]
+        rows.append({"what was tried": what, "how often": often, "what was lost": ", ".join(lost) or "nothing"})
+    return table(rows)
+
+
 # ---- What fits a card
 
 
