@@ -96,23 +96,28 @@ def write_adapter(
     config = dict(config, dtype="+".join(kinds), sha256=hashlib.sha256(data).hexdigest(), record=record or {})
     folder = Path(folder)
     _keep_before(folder)
-    write_together({folder / WEIGHTS: data, folder / SETTINGS: (json.dumps(config, indent=1) + "\n").encode()})
-    (folder / BEFORE).unlink(missing_ok=True)
+    try:
+        write_together({folder / WEIGHTS: data, folder / SETTINGS: (json.dumps(config, indent=1) + "\n").encode()})
+    finally:
+        if _agree(folder): (folder / BEFORE).unlink(missing_ok=True)
     return folder
 
 
 def _keep_before(folder):
     "Keep the weights that the settings name, until the new settings are there: so both files change in one step."
-    with contextlib.suppress(OSError, ValueError):  # nothing that could be kept
-        if _sha256(folder / WEIGHTS) != read_object(folder / SETTINGS).get("sha256"): return
-        (folder / BEFORE).unlink(missing_ok=True)
-        try:
-            os.link(folder / WEIGHTS, folder / BEFORE)
-        except OSError:  # a disk without links
-            shutil.copy(folder / WEIGHTS, folder / BEFORE)
+    if not _agree(folder): return  # nothing that could be kept
+    (folder / BEFORE).unlink(missing_ok=True)
+    try:
+        os.link(folder / WEIGHTS, folder / BEFORE)
+    except OSError:  # a disk without links
+        shutil.copy(folder / WEIGHTS, folder / BEFORE)
 
 
-def _sha256(file): return hashlib.sha256(file.read_bytes()).hexdigest()
+def _agree(folder):
+    "Whether the settings name these weights."
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() == read_object(folder / SETTINGS)["sha256"]
+    return False
 
 # %% ../../nbs/26_adapter_files.ipynb #883ee6fa
 def read_adapter(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -255,7 +255,7 @@ def load_weights(name: str, spec: BackboneSpec, make: Callable, options: dict, w
     named = weights or (spec.weights and folder / spec.weights)
     file = Path(named) if named else next(filter(Path.exists, places), None)
     if file and not file.exists():
-        to_do = "name a file that is there" if weights else "get them from the repository again"
+        to_do = "name a file that is there" if weights else "get the repository's (pretrain_tiny.ipynb makes others)"
         raise FileNotFoundError(f"backbone={name!r}: no weights at {file}: {to_do}")
     try:
         if not file and not spec.build: return make(pretrained=True, **options)
