@@ -8,6 +8,8 @@ __all__ = ['MOST_BYTES', 'PROGRESS', 'data_folder', 'check_choice', 'Between', '
            'duration', 'file_size', 'Progress', 'cores', 'device_name', 'each']
 
 # %% ../nbs/01_files.ipynb #643be419
+import contextlib
+import glob
 import json
 import lzma
 import multiprocessing
@@ -129,19 +131,36 @@ def write_together(
 ) -> None:
     """Nothing comes back; the files are there whole or not at all, their folders made.
 
-    All are written aside first (`.<name>.<random>.tmp`: other machines may write here, too), and then take their
-    places."""
-    aside = {Path(path): Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}.tmp") for path in files}
+    All are written aside first (`.<name>.<machine>-<process>.<random>.tmp`: others may write here, too), and then take
+    their places. What a process that was killed left aside is removed. Raises OSError, which names the file."""
+    mark = f"{_MACHINE}-{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    aside = [(Path(path), Path(path).with_name(f".{Path(path).name}.{mark}.tmp")) for path in files]
     try:
-        for data, temporary in zip(files.values(), aside.values()):
+        for (path, temporary), data in zip(aside, files.values()):
             temporary.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left(path)
             with open(temporary, "wb") as f:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-        for path, temporary in aside.items(): os.replace(temporary, path)
+        for path, temporary in aside: os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None: error.filename = str(path)  # no room, for instance
+        raise
     finally:
-        for temporary in aside.values(): temporary.unlink(missing_ok=True)
+        for _, temporary in aside: temporary.unlink(missing_ok=True)
+
+
+_MACHINE = re.sub(r"\W", "", platform.node())[:32] or "here"
+
+
+def _remove_left(path):
+    "Remove what a process that is gone left aside for this file: one of this machine, or of yesterday."
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        machine, _, process = left.name[len(path.name) + 2:].partition(".")[0].rpartition("-")
+        with contextlib.suppress(OSError):
+            gone = machine == _MACHINE and Path("/proc/self").exists() and not Path(f"/proc/{process}").exists()
+            if gone or time.time() - left.stat().st_mtime > 86_400: left.unlink()
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -254,6 +273,7 @@ class _Placeholder:
 
 
 _REPLACED = ("mmengine", "numpy", "_codecs")  # packages whose objects become placeholders
+_SHARDS = (".safetensors", ".bin", ".pth", ".pt")
 _CHECKPOINTS = ("*.safetensors.index.json", "*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt")
 
 
@@ -291,7 +311,10 @@ def read_checkpoint(
         raise FileNotFoundError(f"{path}: no such file")
     try:
         if path.suffix == ".json":
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            shards = sorted(set(read_object(path)["weight_map"].values()))
+            for shard in shards:  # beside the index, and no index themselves
+                if shard != Path(shard).name or "\\" in shard or Path(shard).suffix not in _SHARDS:
+                    raise ValueError(f"shard {shown(shard)} is no plain name of a {', '.join(_SHARDS)} file beside it")
             return {name: tensor for shard in shards for name, tensor in read_checkpoint(path.parent / shard).items()}
         if path.suffix == ".safetensors": return load_file(path)
         state = _load_pickle(path)

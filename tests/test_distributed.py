@@ -128,6 +128,7 @@ CASES = {  # name -> (objective, options of fit)
                                  dict(batch_size=2)),
     "toy": (Toy, dict(batch_size=2)),
 }
+OF_THREE = {"rein_a, batch 3": (rein_a, dict(batch_size=3))}  # for three processes
 EXPERIMENT = dataclasses.replace(experiments.plan("tiny", "rein_a", target="snow", adapt_iterations=2),
     evaluate_on=("scenes:snow/val",))
 GO = dict(iterations=2, lr=1e-5, backbone_lr=1e-5, log_every=1, progress="lines", device="cpu")
@@ -135,7 +136,7 @@ GO = dict(iterations=2, lr=1e-5, backbone_lr=1e-5, log_every=1, progress="lines"
 
 def train(name, folder):
     "Gradients of each step, weights at the end, and the record."
-    make, options = CASES[name]
+    make, options = (CASES | OF_THREE)[name]
     objective, gradients = make(), []
 
     def note(*_):
@@ -183,6 +184,9 @@ def main(kind, folder):
     if kind == "slow":
         (folder / f"{get_rank()}.pid").write_text(str(os.getpid()))
         return fit(Toy(pause=0.05), iterations=2000, batch_size=2, progress="none", device="cpu")
+    if kind == "three":
+        torch.save({name: train(name, folder) for name in OF_THREE}, folder / f"{get_rank()}.pt")
+        return barrier()
     made = {name: train(name, folder) for name in CASES}
     made["count"] = [average_count(number, torch.device("cpu")).item()
         for number in (1 - get_rank(), 4 * get_rank(), 0)]
@@ -266,20 +270,32 @@ def log(folder):
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_weights_and_log_are_those_of_one_process(name, run, alone, one_thread):
-    (first, second), folder, _ = run
-    one, where = alone(name)
+    made, folder, _ = run
+    compare(name, made, folder, *alone(name))
+
+
+def test_three_processes(tmp_path, alone, one_thread):
+    process = torchrun("three", tmp_path, processes=3)
+    _, errors = finish(process)
+    assert process.returncode == 0, errors[-3000:]
+    made = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    for name in OF_THREE: compare(name, made, tmp_path, *alone(name))
+
+
+def compare(name, made, folder, one, where):
+    "What several processes `made`, with what one did: gradients, weights, log and record."
     for step, expected in enumerate(one["gradients"]):
         largest = max(g.abs().max() for g in expected.values() if g is not None)
         for n, gradient in expected.items():
-            for there in (first, second):
+            for there in made:
                 found = there[name]["gradients"][step][n]
                 assert (found is None) == (gradient is None), (step, n)
                 if gradient is not None:
                     assert (found - gradient).abs().max() <= 1e-5 * largest, (step, n, (found - gradient).abs().max(),
                         largest)
-    a, b, c = (dict(flat(made["state"])) for made in (one, first[name], second[name]))
-    assert a.keys() == b.keys() and all(torch.equal(b[n], c[n])
-        for n in b), "both processes hold the same weights, bit for bit"
+    a, b, *others = (dict(flat(m["state"])) for m in (one, *(m[name] for m in made)))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(b[n], c[n]) for c in others for n in b), "all processes hold the same weights, bit for bit"
     close(b, one)
     lines = [log(f / name) for f in (where, folder)]
     assert [line["iteration"] for line in lines[0]] == [line["iteration"] for line in lines[1]] == [1, 2]
@@ -287,9 +303,10 @@ def test_gradients_weights_and_log_are_those_of_one_process(name, run, alone, on
         assert list(mine) == list(theirs)
         for key in mine.keys() - {"seconds"}:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
-    assert {k: v for k, v in first[name]["record"].items() if k in one["record"]
+    record = made[0][name]["record"]
+    assert {k: v for k, v in record.items() if k in one["record"]
         and "seconds" not in k} == pytest.approx({k: v for k, v in one["record"].items() if "seconds" not in k})
-    assert first[name]["record"]["processes"] == 2 and "processes" not in one["record"]
+    assert record["processes"] == len(made) and "processes" not in one["record"]
 
 
 def test_one_process_writes_and_speaks(run):

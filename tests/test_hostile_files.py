@@ -19,7 +19,10 @@ from PIL import Image
 
 from reinpp import files
 from reinpp.adaptation import sam
+from reinpp.adaptation.masks import Proposals
+from reinpp.adaptation.proposals import ProposalStore, make_proposals, read_proposals, write_proposals
 from reinpp.adaptation.sam import SAM2
+from reinpp.data.catalog import open_dataset
 from reinpp.data.datasets import LabelForm, read_image, read_label
 from reinpp.files import BadFile, list_files, read_bytes
 from reinpp.models.export import export, load_program
@@ -361,3 +364,70 @@ def test_an_archive_of_any_damage_is_named(tmp_path):
             refused += 1
             assert "a.zip" in str(error) and str(error).isprintable()
     assert refused > 30
+
+
+# ---------------------------------------------------------------- proposals
+
+@pytest.fixture
+def kept(tmp_path):
+    "Two scenes and their proposals."
+    scenes = open_dataset("scenes", "val", count=2, size=(32, 48))
+    make_proposals(scenes, "instances", tmp_path / "store", reduction=2)
+    return scenes, tmp_path / "store"
+
+
+def test_a_flipped_bit_in_proposals_is_noticed_and_mended(kept):
+    scenes, root = kept
+    file = root / "000001.safetensors"
+    good, right = file.read_bytes(), read_proposals(file)
+    store = make_proposals(scenes, "instances", root, reduction=2)
+    assert file.read_bytes() == good, "nothing is made again"
+    for at in (len(good) - 1, len(good) // 2, good.index(b"day_")):
+        file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+        with pytest.raises(ValueError, match="000001.safetensors.*make_proposals again"):
+            store[1]
+        with pytest.warns(UserWarning, match="000001.safetensors.*computing it again"):
+            make_proposals(scenes, "instances", root, reduction=2)
+        assert torch.equal(store[1].bits, right.bits) and torch.equal(store[1].boxes, right.boxes)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(image_size=(64, 48)), "bits of"), (dict(image_size=(32, 47), boxes=None), "boxes of"),
+    (dict(scores=torch.full((1,), 1.5)), "scores of"), (dict(scores=torch.full((1,), torch.nan)), "scores of"),
+    (dict(scores=torch.ones(1, dtype=torch.float64)), "scores of"), (dict(bits=torch.ones(1, 16, 3)), "bits of"),
+    (dict(boxes=torch.ones(2, 4)), "boxes of"), (dict(reduction=0), "no size"), (dict(image_size=(-1, 8)), "no size")])
+def test_tensors_that_are_no_proposals_are_refused(change, says, tmp_path):
+    bits, box = torch.zeros(1, 16, 3, dtype=torch.uint8), torch.tensor([[0., 0, 48, 32]])
+    right = Proposals(bits, torch.ones(1), box, (32, 48), 2)
+    write_proposals(tmp_path / "right", right, "x")
+    assert read_proposals(tmp_path / "right").image_size == (32, 48)
+    write_proposals(tmp_path / "wrong", right._replace(**{k: v for k, v in change.items() if v is not None}), "x")
+    with pytest.raises(ValueError, match=f"wrong .*{says}") as told:
+        read_proposals(tmp_path / "wrong")
+    assert "\n" not in str(told.value)
+
+
+def test_proposals_of_another_size_are_made_again(kept):
+    scenes, root = kept
+    other = open_dataset("scenes", "val", count=2, size=(64, 96))
+    made = make_proposals(other, "instances", root.parent / "other", reduction=2)
+    key = ProposalStore(root).manifest["key"]
+    write_proposals(root / "000000.safetensors", made[0], "instances", key)
+    with pytest.warns(UserWarning, match=r"\(64, 96\) pixels.*is .*\(32, 48\) in cells of 2: computing it again"):
+        store = make_proposals(scenes, "instances", root, reduction=2)
+    assert store[0].image_size == (32, 48)
+
+
+@pytest.mark.parametrize("change", [
+    dict(images="2"), dict(images=-1), dict(reduction=0), dict(options=[]), dict(engine=None), dict(format="x"),
+    dict(run=1)])
+def test_a_manifest_of_other_types_is_refused(change, kept):
+    file = kept[1] / "manifest.json"
+    manifest = json.loads(file.read_text())
+    less = {k: v for k, v in manifest.items() if k not in change}
+    for text in (json.dumps(manifest | change), json.dumps(less), "[]"):
+        if text == json.dumps(manifest): continue
+        file.write_text(text)
+        with pytest.raises(ValueError, match="manifest.json is not a manifest of proposals") as told:
+            ProposalStore(kept[1])
+        assert "\n" not in str(told.value)

@@ -50,7 +50,7 @@ def test_every_sample_once_and_terms_may_begin_late(tmp_path):
     assert first["iteration"] == 5 and first["late"] == 1.0 and last["iteration"] == 6
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_samples_do_not_depend_on_workers(workers, tmp_path):
     toy = Toy()
     fit(toy, iterations=4, batch_size=3, workers=workers, progress="none", lr=0.1)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from .engines import ENGINES, engine_options, engine_settings, find_engine
 from .masks import Proposals, grid_size
@@ -98,7 +98,7 @@ def read_proposals(
 
     Raises as `check_proposals` does, and ValueError for a file whose sha256 is not the one that it names (a file of an
     earlier version names none), or whose tensors are no masks, scores and boxes of an image of its size."""
-    header, tensors = check_proposals(path, engine, key), load_file(path)
+    header, tensors = check_proposals(path, engine, key), load(Path(path).read_bytes())
     if header.get("sha256", digest := _digest(header, tensors)) != digest:
         raise ValueError(f"{path} is damaged: its sha256 is not the one that it names")
     sizes = [header[name] for name in ("height", "width", "reduction")]

@@ -8,10 +8,11 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'INTERNVIT', 'SAM', 'BACKBONES', 'HO
            'other_spec', 'load_weights', 'feature_layers', 'extract_features']
 
 # %% ../../nbs/20_backbones.ipynb #f29927cb
+import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -72,6 +73,7 @@ class BackboneSpec(NamedTuple):
     patch_size: int | None = None  # patch size that the paper's settings use; None keeps the model's own
     options: dict = {}  # further arguments of timm.create_model; None takes one away
     weights: str | None = None  # a file in data/weights that comes with the repository
+    sha256: str | None = None  # of that file
     build: Callable | None = None  # instead of timm.create_model, for a model that timm does not have
 
 
@@ -112,7 +114,8 @@ BACKBONES = {
     "siglip2_giant": BackboneSpec("vit_giantopt_patch16_siglip_gap_384.v2_webli"),
     # the small stand-in for "a foundation model" that pretrain_tiny.ipynb makes; built at its own size
     "tiny": BackboneSpec(
-        "vit_tiny_patch16_224", 8, dict(embed_dim=128, depth=8, num_heads=4, img_size=128), "tiny.safetensors"),
+        "vit_tiny_patch16_224", 8, dict(embed_dim=128, depth=8, num_heads=4, img_size=128), "tiny.safetensors",
+        "be0244ab482d21092503eb86c9a7c25c760433a7bb9707e91ce10ded9ccd732c"),
 }
 
 # %% ../../nbs/20_backbones.ipynb #d7155449
@@ -241,6 +244,10 @@ def other_spec(name: str) -> BackboneSpec:
     return BackboneSpec(name, None, options)
 
 # %% ../../nbs/20_backbones.ipynb #6fc2547b
+@lru_cache(maxsize=8)
+def _sha256(file, changed): return hashlib.sha256(file.read_bytes()).hexdigest()  # `changed`, a time: read it again
+
+
 def load_weights(name: str, spec: BackboneSpec, make: Callable, options: dict, weights: str | Path | None) -> nn.Module:
     "`make(**options)` with its weights. Raises `FileNotFoundError`, and `ValueError` for a file that does not fit it."
     folder = data_folder() / "weights"
@@ -248,7 +255,7 @@ def load_weights(name: str, spec: BackboneSpec, make: Callable, options: dict, w
     named = weights or (spec.weights and folder / spec.weights)
     file = Path(named) if named else next(filter(Path.exists, places), None)
     if file and not file.exists():
-        to_do = "name a file that is there" if weights else "run nbs/pretrain_tiny.ipynb to make them"
+        to_do = "name a file that is there" if weights else "get the repository's (pretrain_tiny.ipynb makes others)"
         raise FileNotFoundError(f"backbone={name!r}: no weights at {file}: {to_do}")
     try:
         if not file and not spec.build: return make(pretrained=True, **options)
@@ -260,6 +267,9 @@ def load_weights(name: str, spec: BackboneSpec, make: Callable, options: dict, w
         raise FileNotFoundError(f"backbone={name!r}: the weights of {spec.timm_name} could not be downloaded from "
             f"huggingface.co/{INTERNVIT if spec.build else 'timm/' + spec.timm_name} ({shorten(str(error), 120)}): put "
             f"model.safetensors at {places[0]}, or pass weights=<file>, or pretrained=False") from error
+    if spec.sha256 and not weights and _sha256(file, file.stat().st_mtime_ns) != spec.sha256:
+        raise ValueError(f"backbone={name!r}: {file} is damaged or another file, its sha256 is not that of BACKBONES: "
+                         "get it from the repository again, or name your own with weights=<file>")
     state, model = read_checkpoint(file), make(**options)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     plain = dict(interpolation="bilinear", antialias=False) if "radio" in spec.timm_name else {}  # timm's way for these

@@ -9,6 +9,7 @@ __all__ = ['parameters_of', 'given', 'Opened', 'Shown', 'show_printed', 'besides
 # %% ../../nbs/57_page.ipynb #22733be3
 import ast
 import json
+import textwrap
 
 import pandas as pd
 
@@ -77,7 +78,7 @@ class Opened:
         self.train_for = more or about[:1] or usual
         self.base = self.table.base or next(iter(self.rows), "")
         if self.preset == "paper" and self.base not in self.rows: self.base = ""
-        if self.p.note: print("preset", self.preset, "is", self.p.note)
+        if self.p.note: print(textwrap.fill(f"preset {self.preset} is {self.p.note}", 110))
 
     def _labels(self, rows):
         "Labels of the rows that were asked for: by label, by the name of a plain method, or all."
