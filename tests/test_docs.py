@@ -120,7 +120,7 @@ def test_the_reference_has_every_exported_name(pages):
 def test_a_parameters_comment_is_its_documentation(pages):
     text = html.unescape(re.sub("<[^>]+>", "", pages["docs/api.html"]))
     assert "a key of BACKBONES or the name of a timm vision transformer" in text
-    assert "changes \u2013 of create_segmenter's arguments" in text, "that of **changes, too"
+    assert "changes -- of create_segmenter's arguments" in text, "that of **changes, too"
 
 
 def test_the_zoo_is_the_ledger(pages):
