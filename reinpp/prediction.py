@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 
 from .data.datasets import IMAGE_SUFFIXES, read_image
 from .data.transforms import resize_image, short_edge_size
-from .files import Progress, check_choice, write_atomically, write_together
+from .files import Progress, check_choice, read_object, write_atomically, write_together
 from .labels import CLASSES, ID_MAPS, palette
 from .models.segmenter import Segmenter, load_segmenter
 
@@ -78,8 +78,8 @@ def read_use(
     names = CLASSES if K == len(CLASSES) else tuple(f"class {c}" for c in range(K))
     if not path.exists():
         return Use(names, tuple(map(tuple, class_colours(names).tolist())), size, max(1, round(size * 2 / 3)))
+    kept = read_object(path)
     try:
-        kept = json.loads(path.read_text())
         made = Use(tuple(kept.pop("classes")), tuple(map(tuple, kept.pop("colours"))), **{
             k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -236,7 +236,7 @@ def make_proposals(
 ) -> ProposalStore:
     """Proposals of a whole dataset.
 
-    Images that are already there are left alone; a truncated or foreign file is named in a warning and made again.
+    Images that are already there are left alone; a damaged or foreign file is named in a warning and made again.
 
     Raises ValueError if the folder holds proposals of another engine, other options or another dataset, or if engine,
     option or shard is unknown; OSError if the disk has no room; ImportError or FileNotFoundError if there is something
