@@ -198,7 +198,6 @@ def test_a_target_is_opened_before_the_source_is_trained(tmp_path, monkeypatch):
         run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="the bundled adapters are of version 1 until the ledger of version 2 is there")
 def test_every_bundled_adapter_is_a_run_of_a_preset_as_it_is_now():
     keys = set()
     for preset in ("tiny", "camvid"):
