@@ -32,11 +32,12 @@ def same_points(monkeypatch):
     """torch.rand returns one fixed pattern for its last two axes, so that two implementations draw equal points
     whatever their order."""
     pytest.importorskip("transformers")
-    pattern, rand = torch.rand(4096, 2), torch.rand
+    pattern, rand = torch.rand(4096, 3), torch.rand
 
     def fixed(*shape, device=None, **options):
         shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if len(shape) > 1 and shape[-1] == 2: return pattern[: shape[-2]].expand(shape).contiguous().to(device)
+        if len(shape) > 1 and shape[-1] in (2, 3) and shape[-2] > 3:  # points, not the values of an image
+            return pattern[: shape[-2], : shape[-1]].expand(shape).contiguous().to(device)
         return rand(shape, device=device, **options)
     monkeypatch.setattr(torch, "rand", fixed)
 

@@ -95,7 +95,7 @@ def losses_of(precision, seed, steps=100):
 def test_bf16_learns_as_float32_does():
     exact = torch.stack([losses_of("float32", seed) for seed in (1, 2, 3)])
     rounded, mean = losses_of("bf16", 1), exact.mean(0)
-    noise = 3 * exact.std(0) + .02 * mean
+    noise = 3 * exact.std(0) + .05 * mean
     assert mean[-1] < .8 * mean[0], "there is something to compare"
     assert ((rounded - mean).abs() < noise).all(), (rounded, mean, noise)
 

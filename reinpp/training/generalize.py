@@ -48,7 +48,7 @@ class Objective:
 
     def generators(self, batch: dict, iteration: int, branch: int = 0) -> list[torch.Generator]:
         "For the points of a loss, one for each image of a batch: of its seed and key, the iteration and the branch."
-        device = self.segmenter.mean.device
+        device = next(p for _, p in self.named_trainables()).device
         return [torch.Generator(device).manual_seed(fold(n, iteration, branch)) for n in batch["draw"].tolist()]
 
     def teacher_weights(self) -> contextlib.AbstractContextManager[nn.Module]:

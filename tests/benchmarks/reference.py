@@ -13,7 +13,7 @@ from torch import nn
 
 from reinpp.adaptation.masks import compose, pad, unpack
 from reinpp.adaptation.rein_a import ReinA, pseudo_label, stm_label
-from reinpp.data.transforms import hide_blocks
+from reinpp.data.transforms import TrainTransform, hide_blocks
 from reinpp.labels import IGNORE
 from reinpp.models.backbones import extract_features
 from reinpp.models.losses import normalized_score_loss, paired_loss
@@ -347,7 +347,7 @@ class HeadJob(Job):
     "Forward and backward of head and loss alone."
 
     def make(self):
-        return Generalize(HeadAlone(self.row), [None], None, num_points=self.row.sizes["num_points"])
+        return Generalize(HeadAlone(self.row), [None], TrainTransform(), num_points=self.row.sizes["num_points"])
 
     def run(self) -> torch.Tensor:
         torch.manual_seed(1)
