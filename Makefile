@@ -1,4 +1,4 @@
-# make demo   five minutes on a CPU: Rein-G, then Rein-A, on embedded scenes
+# make demo   ten minutes on a CPU: Rein-G, then Rein-A, on embedded scenes
 # make test   clean and export leave the tree unchanged, the notebooks run, pytest passes
 # make style the code's one hand, by ruff
 # make proofs what takes longer: equations broken on purpose, random kills, flipped bits (half an hour)
