@@ -182,3 +182,12 @@ def test_a_copy_refines_its_own_backbone():
         twin["rein"].detach()
         assert torch.equal(extract_features(vit, images)[-1], before), "the original stays attached"
     assert set(rein.state_dict()) == {n for n, _ in rein.named_parameters()}
+
+
+def test_gelu_stands_between_the_two_layers():
+    "Eq. 13: W (GELU (W x)); without it one layer, eq. 7."
+    torch.manual_seed(0)
+    first, _, last = mlp = ReinG(32, 2, num_tokens=4, rank=2, num_heads=2).mlp[0]
+    x = torch.randn(3, 32)
+    assert torch.equal(mlp(x), last(torch.nn.functional.gelu(first(x))))
+    assert isinstance(ReinG(32, 2, num_tokens=4, rank=2, num_heads=2, gelu=False).mlp[0], torch.nn.Linear)
