@@ -97,8 +97,10 @@ MUTATIONS = {
     "padding has a say in q": (
         REIN_A, "sure = (top >= tau) & inside\n    q", "sure = top >= tau\n    q",
         "test_rein_a.py::test_padding_has_no_weight_and_no_say_in_q"),
-    "STM moves the student's features": (
-        REIN_A, "@torch.no_grad()\ndef teach(", "def teach(",
+    "STM and pseudo label read the student, not the teacher": (
+        REIN_A, "run_teacher(self.segmenter, self.teacher, torch.cat(seen), len(x_t))",
+        "run_teacher(self.segmenter, {n: p.detach() for n, p in self.segmenter.named_parameters() if p.requires_grad}, "
+        "torch.cat(seen), len(x_t))",
         "test_rein_a.py::test_stm_reads_the_teachers_features_without_gradient"),
     # prediction, samples
     "the sigmoid before the resize": (
