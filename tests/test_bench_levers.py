@@ -83,9 +83,9 @@ def losses_of(precision, seed, steps=100):
     job = Job(Row("rein_g", **SMALL), precision=precision)
     for group in job.optimizer.param_groups:
         group["lr"] = 1e-3
+    job.batch["draw"] += 1000 * seed  # other points
     found = []
     for step in range(steps):
-        torch.manual_seed(1000 * seed + step)
         found.append(job.objective.step(job.batch, step)["total"])
         job.optimizer.step()
         job.optimizer.zero_grad()
@@ -95,7 +95,7 @@ def losses_of(precision, seed, steps=100):
 def test_bf16_learns_as_float32_does():
     exact = torch.stack([losses_of("float32", seed) for seed in (1, 2, 3)])
     rounded, mean = losses_of("bf16", 1), exact.mean(0)
-    noise = 3 * exact.std(0) + .05 * mean
+    noise = 3 * exact.std(0) + .02 * mean
     assert mean[-1] < .8 * mean[0], "there is something to compare"
     assert ((rounded - mean).abs() < noise).all(), (rounded, mean, noise)
 

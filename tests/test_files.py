@@ -146,11 +146,11 @@ def test_other_objects_are_refused_and_run_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("cut.pth", None, "damaged"),
-    ("empty.pth", b"", "damaged"),
-    ("text.safetensors", b"hello", "damaged or of another kind.*fetch it again"),
-    ("model.index.json", b"{", "damaged .*fetch or make it again"),
-    ("other.index.json", b'{"no": "map"}', "damaged or of another kind"),
+    ("cut.pth", None, ": .*damaged"),
+    ("empty.pth", b"", ": .*damaged"),
+    ("text.safetensors", b"hello", ": .*damaged or of another kind.*fetch it again"),
+    ("model.index.json", b"{", " is damaged .*: fetch or make it again"),
+    ("other.index.json", b'{"no": "map"}', ": .*damaged or of another kind"),
 ])
 def test_damaged_checkpoints_are_refused(name, content, message, tmp_path):
     if content is None:
@@ -158,7 +158,7 @@ def test_damaged_checkpoints_are_refused(name, content, message, tmp_path):
         torch.save({"a": torch.ones(1000)}, buffer)
         content = buffer.getvalue()[:-500]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}:? .*{message}"):
+    with pytest.raises(ValueError, match=name + message):
         read_checkpoint(tmp_path / name)
 
 

@@ -46,7 +46,7 @@ def test_the_lists_name_what_the_classes_take():
 
 
 @pytest.mark.parametrize("name", [
-    "hf-hub:somebody/model", "hf_hub:somebody/model", "local-dir:/tmp/model", "timm/vit_tiny_patch16_224", "../tiny",
+    "hf-hub:somebody/model", "hf_hub:somebody/model", "local-dir:model", "timm/vit_tiny_patch16_224", "../tiny",
     "/etc/passwd", "https://example.org/x", "vit tiny", "tiny\n", "", "x" * 101, 3, None, ["tiny"], "resnet50", "..",
     "vit_no"])
 def test_a_backbone_is_a_plain_name(name, good, tmp_path):
@@ -57,7 +57,7 @@ def test_a_backbone_is_a_plain_name(name, good, tmp_path):
 
 @pytest.mark.parametrize("key, value", [
     ("checkpoint_path", "/etc/passwd"), ("pretrained_cfg", {"url": "https://example.org/x"}), ("weights", "x.pth"),
-    ("pretrained_cfg_overlay", {"file": "x"}), ("cache_dir", "/tmp"), ("norm_layer", "os.system"), ("device", "cuda"),
+    ("pretrained_cfg_overlay", {"file": "x"}), ("cache_dir", "/else"), ("norm_layer", "os.system"), ("device", "cuda"),
     ("pretrained", True), ("img_size", 64), ("depth", True), ("depth", 8.0), ("depth", "8"), ("hold", "int2"),
     ("global_attn_indexes", ["a"]), ("global_attn_indexes", [1] * 1000)])
 def test_backbone_args_are_on_a_list(key, value, good, tmp_path):

@@ -97,6 +97,16 @@ def test_a_lease_beats(tmp_path, monkeypatch):
         assert lease.path.stat().st_mtime > 0
 
 
+# ---- on the GPUs of this machine
+
+def test_processes_of_this_machine_make_them(tmp_path, capsys):
+    place = dict(ledger=Ledger(tmp_path / "results"), runs=tmp_path / "runs")
+    two = [small(0), small(1), dataclasses.replace(small(2), source="nowhere:train")]
+    launch.launch(two, gpus=2, poll=0.2, progress="none", **place)
+    assert launch.status(two, **place).state.tolist() == ["done", "done", "failed"]
+    assert f"{two[2].key} failed: " in capsys.readouterr().out
+
+
 # ---- what is handed in
 
 def small(seed=0):

@@ -56,6 +56,18 @@ def run(name, cells=None, **parameters):
     return shown, namespace
 
 
+@pytest.fixture(autouse=True)
+def exports(tmp_path, monkeypatch):
+    "What a page without a parameter `output` writes goes aside, not into the checkout."
+    from reinpp.files import data_folder
+    from reinpp.paper import page
+    real, own = page.export_table, data_folder() / "runs"
+
+    def aside(table, folder, name):
+        return real(table, tmp_path / "exports" if Path(folder).is_relative_to(own) else folder, name)
+    monkeypatch.setattr(page, "export_table", aside)
+
+
 def quiet(tmp_path, name, **more):
     output = dict(output=str(tmp_path)) if "output" in defaults(name) else {}
     return dict(preset="tiny", run_missing=False) | output | more

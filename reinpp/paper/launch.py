@@ -24,6 +24,7 @@ from ..files import check_choice, data_folder, duration, write_atomically
 from .experiments import Experiment, Ledger
 from .runs import find_adapter, run
 from .tables import reason_of
+from ..training.run_folder import process_exists
 
 # %% ../../nbs/58_launch.ipynb #58a00006
 HEARTBEAT, DEAD = 30, 600  # seconds from one touch to the next, and until a lease counts as left
@@ -78,19 +79,10 @@ def last_lease(folder: Path, name: str) -> tuple[int, dict | None]:
 def _held(path, who, dead):
     "Whether a lease's holder is at work."
     if "left" in who: return False
-    if who.get("host") == socket.gethostname() and not _alive(who["pid"]): return False
+    if who.get("host") == socket.gethostname() and not process_exists(who["pid"]): return False
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".now-") as now:
         return os.stat(now.name).st_mtime - path.stat().st_mtime < dead
 
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # it is another user's
-    return True
 
 # %% ../../nbs/58_launch.ipynb #58a0000a
 def in_order(experiments: Iterable[Experiment]) -> list[Experiment]:
