@@ -91,7 +91,7 @@ def undisturbed(request, tmp_path_factory):
 
 def test_killed_at_random(undisturbed, tmp_path):
     method, expected, seconds = undisturbed
-    draw, kills, writing, ends, folder = random.Random(0), 0, 0, 0, tmp_path / "run"
+    draw, kills, writing, ends, others, folder = random.Random(0), 0, 0, 0, 0, tmp_path / "run"
     while kills < KILLS:
         pid = forked(method, folder)
         time.sleep(draw.uniform(0, seconds))
@@ -100,14 +100,16 @@ def test_killed_at_random(undisturbed, tmp_path):
             kills += 1
             writing += bool(list(folder.glob(".*new*")) + list(folder.glob("*.tmp*")))
         if (tmp_path / "end").exists():
-            assert (tmp_path / "end").read_text() == expected
+            others += (tmp_path / "end").read_text() != expected
             ends += 1
             (tmp_path / "end").unlink()
             shutil.rmtree(folder)
-    assert ended(forked(method, folder)) == 0 and (tmp_path / "end").read_text() == expected
+    assert ended(forked(method, folder)) == 0
+    others += (tmp_path / "end").read_text() != expected
     logged = [json.loads(line)["iteration"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(5, ITERATIONS + 1, 5)), "each line once"
-    note(**{f"killed, {method}": dict(kills=kills, while_writing=writing, ends=ends + 1, other_states=0)})
+    note(**{f"killed, {method}": dict(kills=kills, while_writing=writing, ends=ends + 1, other_states=others)})
+    assert others == 0
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"])
@@ -119,8 +121,10 @@ def test_asked_to_stop(undisturbed, name, tmp_path):
     os.kill(pid, getattr(signal, name))
     assert ended(pid) in (3, 128 + getattr(signal, name))
     assert (tmp_path / "run" / "checkpoint.pt").exists()
-    assert ended(forked(method, tmp_path / "run")) == 0 and (tmp_path / "end").read_text() == expected
-    note(**{f"{name}, {method}": dict(stops=1, other_states=0)})
+    assert ended(forked(method, tmp_path / "run")) == 0
+    others = int((tmp_path / "end").read_text() != expected)
+    note(**{f"{name}, {method}": dict(stops=1, other_states=others)})
+    assert others == 0
 
 
 def test_a_bit_flipped_in_a_checkpoint(undisturbed, tmp_path):
@@ -130,15 +134,17 @@ def test_a_bit_flipped_in_a_checkpoint(undisturbed, tmp_path):
     while not (tmp_path / "run" / "checkpoint.previous.pt").exists(): time.sleep(0.02)
     os.kill(pid, signal.SIGTERM)
     ended(pid)
-    draw, whole = random.Random(1), {f.name: f.read_bytes() for f in (tmp_path / "run").glob("*.pt")}
+    accepted, draw, whole = 0, random.Random(1), (tmp_path / "run" / "checkpoint.pt").read_bytes()
     for _ in range(40):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
-        data = bytearray(whole["checkpoint.pt"])
+        data = bytearray(whole)
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         (tmp_path / "copy" / "checkpoint.pt").write_bytes(data)
         made = objective(method)
         record = fit(made, ITERATIONS, 2, run_dir=tmp_path / "copy", lr=1e-3, log_every=5, checkpoint_every=3,
             stop_at=1, progress="none", device="cpu")
-        assert record["done"] > 0 and (tmp_path / "copy" / "checkpoint.damaged.pt").exists()
-    note(**{f"bit flips in a checkpoint, {method}": dict(flips=40, accepted=0)})
+        assert record["done"] > 0
+        accepted += not (tmp_path / "copy" / "checkpoint.damaged.pt").exists()
+    note(**{f"bit flips in a checkpoint, {method}": dict(flips=40, accepted=accepted)})
+    assert accepted == 0
