@@ -72,14 +72,15 @@ def fake_records(folder, miou, seeds=(0, 1)):
 
 
 def test_search_chooses_by_its_rule(tmp_path):
-    changes = [(), *[(pair,) for pair in dict(alpha=1.0, beta=1.0, stm_least=0.0).items()]]
+    first = dict(alpha=.5, beta=.1, stm_least=.5)
+    changes = [tuple((first | change).items()) for change in ({}, dict(alpha=1.0), dict(beta=1.0), dict(stm_least=0.0))]
     fake_records(tmp_path / "results", dict.fromkeys(changes, .30))
     arguments = "-p", "results", str(tmp_path / "results"), "-y", "seeds: [0, 1]"
     done = papermill("search", tmp_path / "part.ipynb", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     said = outputs(tmp_path / "part.ipynb")
     assert "not yet chosen: not yet run are alpha 1.5" in said and "+0.0 ± 0.0" in said
-    fake_records(tmp_path / "results", {(("alpha", 1.5),): .32})
+    fake_records(tmp_path / "results", {tuple((first | dict(alpha=1.5)).items()): .32})
     done = papermill("search", tmp_path / "whole.ipynb", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "alpha 1.5: +2.0 ± 0.0 over 4 pairs, more than its spread: it is taken" in outputs(tmp_path / "whole.ipynb")

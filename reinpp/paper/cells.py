@@ -175,7 +175,7 @@ def _adaptation():
     rows_10 = {"Rein-A": rein_a, "w/o Rein-G": full} | {label: rein_a | {part: False} for label, part in parts.items()}
     rows_10 |= {"Rein-G (source)": rein_g, "control": control}
     perfect = {UPPER: rein_a | dict(engine="instances")}
-    options = {"stm_least 0": rein_a | dict(stm_least=0.0), "STM's queries": rein_a | dict(stm_queries=True)}
+    options = {"stm_least 0.5": rein_a | dict(stm_least=0.5), "STM's queries": rein_a | dict(stm_queries=True)}
     rows_11 = {"with classical": rein_a | dict(engine="classical")}
     rows_11 |= {"without STM": rein_a | dict(use_stm=False), "Rein-G (source)": rein_g}
     sams = {"with SAM1": rein_a | dict(engine="sam1"), "with SAM2": rein_a | dict(engine="sam2")}

@@ -119,7 +119,7 @@ _TINY = Preset(
     adapt_training=dict(iterations=300, batch_size=2, lr=5e-4, backbone_lr=5e-5, warmup=20, clip=1.0),
     adaptation=dict(
         engine="classical", reduction=2, limit=40, tau=0.8, ema=0.99, weighting="pixel", mask_block=16,
-        mask_ratio=0.5, stm_least=0.5, stm_warmup=100, alpha=0.5, beta=0.1,
+        mask_ratio=0.5, stm_least=0.0, stm_warmup=100, alpha=0.5, beta=0.1,
         stm=dict(from_head=True, decoder_layers=2)),
     window=128, stride=85, size=None,
     settings=dict(search=dict(targets={s: (f"scenes:{s}/train", f"scenes:{s}/val") for s in ("game", "mono")})),
