@@ -109,7 +109,8 @@ def test_records_of_the_first_version_are_kept_and_shown_nowhere():
 
 def test_what_changes_no_result_is_in_no_key():
     e = plan("tiny", "rein_a", 0, "night")
-    idle = dict(workers=3, device="cuda:1", checkpoint_minutes=1, checkpoint_every=5, log_every=7, progress="none")
+    idle = dict(workers=3, checkpointing=True, device="cuda:1", checkpoint_minutes=1,
+        checkpoint_every=5, log_every=7, progress="none")
     same = dataclasses.replace(e, training=e.training | idle)
     assert same.config() == e.config() and (same.key, same.training_key) == (e.key, e.training_key)
     assert dataclasses.replace(e, training=e.training | dict(lr=1.0)).training_key != e.training_key

@@ -119,7 +119,8 @@ def _train(experiment, segmenter, runs, data_root, made_by, **options):
     if not made["finished"]:
         raise RuntimeError(f"{experiment}: {made['done']} iterations are done, as asked; a record is of all of them: "
                            "run it again without stop_at")
-    kept = ("seconds", "seconds_per_iteration", "loss_last_1000", "device", "precision", "peak_memory", "processes")
+    kept = ("seconds", "seconds_per_iteration", "seconds_waiting", "loss_last_1000", "device", "precision", "tf32",
+        "workers", "checkpointing", "peak_memory", "processes")
     training = {k: made[k] for k in kept if k in made} | dict(commit=made_by)
     if get_rank() == 0:
         record = dict(key=experiment.training_key, run=str(experiment), training=training)
@@ -159,7 +160,7 @@ def run(
     ledger: Ledger | None = None,  # None: `data/results`
     runs: str | Path | None = None,  # folder for checkpoints and adapters; None: `data/runs`
     data_root: str | Path | None = None,
-    **options,  # of `fit`: workers, device, precision, progress
+    **options,  # of `fit`: workers, checkpointing, device, precision, progress
 ) -> dict:  # the record
     """The record of a run: from the ledger, or made now (and what it starts from as well).
 
@@ -217,6 +218,7 @@ def estimate(
     runs: str | Path | None = None,
     data_root: str | Path | None = None,
     steps: int = 3,  # measured steps of each kind
+    **options,  # of `fit`, as of `run`
 ) -> str:
     """One line for each run with the time that its training will take here, from measured steps, on a GPU its peak
     memory, and a total. Starting models that are missing are counted."""
@@ -231,7 +233,8 @@ def estimate(
             torch.manual_seed(0)
             objective = objective_of(one, create_segmenter(**one.model), data_root, runs)
             for count in (1, steps):  # the first is the slowest, and not counted
-                cost[kind] = fit(objective, **one.training | dict(iterations=count, warmup=0), progress="none")
+                cost[kind] = fit(objective, **one.training | options
+                    | dict(iterations=count, warmup=0, progress="none"))
         each, memory = cost[kind]["seconds_per_iteration"], cost[kind]["peak_memory"]
         seconds = each * one.training["iterations"]
         total += seconds
@@ -265,7 +268,8 @@ def main(
     parser.add_argument("--data-root", help="folder that holds the datasets (default: data/ of the checkout)")
     parser.add_argument("--results", help="folder of the ledger (default: data/results)")
     parser.add_argument("--runs", help="folder of checkpoints and adapters (default: data/runs)")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes of each process (default 0)")
+    parser.add_argument("--workers", type=int, help="loader processes (default: up to 8 on a GPU, none on a CPU)")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, more time, the same result")
     a = parser.parse_args(arguments)
     try:
         if a.target and a.method != "rein_a":
@@ -273,7 +277,8 @@ def main(
         if a.limit_iterations is not None and a.limit_iterations < 1:
             raise ValueError(f"limit_iterations={a.limit_iterations}: give a number from 1 up, or leave it out")
         wanted = plan(a.preset, a.method, a.seed, a.target, a.limit_iterations, setting=a.setting)
-        record = run(wanted, Ledger(a.results), a.runs, a.data_root, workers=a.workers)
+        record = run(wanted, Ledger(a.results), a.runs, a.data_root, workers=a.workers,
+            checkpointing=a.checkpointing)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"runs: {error}") from None
     except Stopped as error:

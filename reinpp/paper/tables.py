@@ -280,7 +280,7 @@ def fill(
     lacks = {e.key: lacking(e, data_root, runs, ledger.folder) for e in missing}
     able = [e for e in missing if not lacks[e.key]]
     try:
-        if able: print(estimate(able, runs, data_root), flush=True)
+        if able: print(estimate(able, runs, data_root, **options), flush=True)
     except Exception as error:
         print(f"what it costs here cannot be measured: {reason_of(error)}", flush=True)
     return _make(missing, ledger, lacks, data_root, runs, options)
