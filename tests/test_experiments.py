@@ -67,6 +67,22 @@ def test_records_do_not_depend_on_what_ran_before(tmp_path):
     assert a["metrics"] == b["metrics"] and a["training"]["loss_last_1000"] == b["training"]["loss_last_1000"]
 
 
+def test_an_engine_without_its_checkpoint_stops_before_anything_trains(tmp_path, monkeypatch):
+    e = small("rein_a", "night")
+    e = dataclasses.replace(e, adaptation=e.adaptation | dict(engine="sam2"))
+    monkeypatch.setattr(runs, "lacking_engine", lambda engine: [f"{engine} is not here"])
+    with pytest.raises(FileNotFoundError, match="no proposals in .* yet, and sam2 is not here"):
+        run(e, Ledger(tmp_path / "results"), tmp_path / "runs", progress="none")
+    assert not list((tmp_path / "runs").rglob("*")), "the source model was not trained"
+    for domain in (e.source, e.target):
+        manifest = runs.proposals_folder(e, domain, tmp_path / "runs") / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+    runs._check_engine(e, tmp_path / "runs")  # made before: the engine is not needed
+    without = dataclasses.replace(e, adaptation=e.adaptation | dict(use_stm=False))
+    runs._check_engine(without, tmp_path / "elsewhere")
+
+
 def _run(folder):
     return run(small("freeze"), Ledger(folder / "results"), folder / "runs", progress="none")["date"], None
 
