@@ -128,7 +128,7 @@ def add_docments(app, what, name, value, options, lines):
 # ---- The extension
 
 MADE = {"public names": public, "zoo measured": zoo.measured, "zoo weights": zoo.weights, "zoo paper": zoo.paper,
-    "card": zoo.card, "proofs": zoo.proofs}
+    "card": zoo.card, "card adapting": lambda: zoo.card("rein_a"), "proofs": zoo.proofs}
 MADE |= {f"wing {name or 'ground'}": lambda name=name: wing(name) for name in WINGS}
 
 

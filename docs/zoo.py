@@ -105,13 +105,15 @@ def proofs():
 # ---- What fits a card
 
 
-def card():
+def card(what="rein_g"):
     "One row for each backbone, way to hold it and batch: gigabytes counted, and which cards they fit."
     rows = []
     with (ROOT / "docs" / "card.csv").open() as file:
         for r in csv.DictReader(file):
+            if r["what"] != what: continue
             parts = [int(r[key]) / 1e9 for key in ("frozen", "trained", "kept")]
-            row = {"backbone": r["backbone"], "batch": r["batch"], "hold": r["hold"]}
+            again = "yes" if r["checkpointing"] == "True" else "no"
+            row = {"backbone": r["backbone"], "batch": r["batch"], "hold": r["hold"], "checkpointing": again}
             row |= {name: f"{part:.1f}" for name, part in zip(("weights", "trained", "for backward"), parts)}
             row["sum"] = f"**{sum(parts):.1f}**"
             for size in (12, 24, 48, 80):

@@ -67,6 +67,22 @@ def test_records_do_not_depend_on_what_ran_before(tmp_path):
     assert a["metrics"] == b["metrics"] and a["training"]["loss_last_1000"] == b["training"]["loss_last_1000"]
 
 
+def test_an_engine_without_its_checkpoint_stops_before_anything_trains(tmp_path, monkeypatch):
+    e = small("rein_a", "night")
+    e = dataclasses.replace(e, adaptation=e.adaptation | dict(engine="sam2"))
+    monkeypatch.setattr(runs, "lacking_engine", lambda engine: [f"{engine} is not here"])
+    with pytest.raises(FileNotFoundError, match="no proposals in .* yet, and sam2 is not here"):
+        run(e, Ledger(tmp_path / "results"), tmp_path / "runs", progress="none")
+    assert not list((tmp_path / "runs").rglob("*")), "the source model was not trained"
+    for domain in (e.source, e.target):
+        manifest = runs.proposals_folder(e, domain, tmp_path / "runs") / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+    runs._check_engine(e, tmp_path / "runs")  # made before: the engine is not needed
+    without = dataclasses.replace(e, adaptation=e.adaptation | dict(use_stm=False))
+    runs._check_engine(without, tmp_path / "elsewhere")
+
+
 def _run(folder):
     return run(small("freeze"), Ledger(folder / "results"), folder / "runs", progress="none")["date"], None
 
@@ -109,7 +125,8 @@ def test_records_of_the_first_version_are_kept_and_shown_nowhere():
 
 def test_what_changes_no_result_is_in_no_key():
     e = plan("tiny", "rein_a", 0, "night")
-    idle = dict(workers=3, device="cuda:1", checkpoint_minutes=1, checkpoint_every=5, log_every=7, progress="none")
+    idle = dict(workers=3, checkpointing=True, device="cuda:1", checkpoint_minutes=1,
+        checkpoint_every=5, log_every=7, progress="none")
     same = dataclasses.replace(e, training=e.training | idle)
     assert same.config() == e.config() and (same.key, same.training_key) == (e.key, e.training_key)
     assert dataclasses.replace(e, training=e.training | dict(lr=1.0)).training_key != e.training_key

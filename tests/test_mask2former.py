@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from reinpp.models import mask2former
 from reinpp.models.mask2former import (
     DecoderLayer,
+    DeformableAttention,
     HeadOutput,
     Mask2Former,
     MaskedDecoder,
@@ -16,6 +18,7 @@ from reinpp.models.mask2former import (
     open_rows,
     sine_position,
 )
+from reinpp.paper.costs import KeptForBackward
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,22 @@ def small_head(**changes):
 
 def small_features(batch=2, height=8, width=12, channels=32):
     return [F.interpolate(torch.randn(batch, channels, 4, 6), size=(height, width), mode="bicubic") for _ in range(4)]
+
+
+def test_samples_of_deformable_attention_are_read_again(monkeypatch):
+    shapes, found, kept = ((2, 3), (4, 6), (8, 12)), [], []
+    attention = DeformableAttention(32, 4)
+    torch.nn.init.normal_(attention.offsets.weight, std=0.3)
+    tokens, query = torch.randn(2, 2, 6 + 24 + 96, 32, requires_grad=True)
+    for call in (mask2former.checkpoint, lambda function, *given, **_: function(*given)):
+        monkeypatch.setattr(mask2former, "checkpoint", call)
+        with KeptForBackward([*attention.parameters(), tokens, query]) as books:
+            out = attention(query, tokens, shapes)
+        kept.append(books.peak)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [tokens, query, *attention.parameters()])])
+    assert all(torch.equal(a, b) and b.abs().max() > 0 for a, b in zip(*found)), "the same, bit for bit"
+    samples = 12 * tokens.nbytes  # four points on three levels
+    assert kept[0] + samples == kept[1]
 
 
 # ---- parity

@@ -1,5 +1,6 @@
 """Proposals: engines without weights, what is stored and refused, crops bend masks as labels. (SAM: test_sam.py.)"""
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -154,6 +155,19 @@ def test_unknown_engine_and_missing_folder(scenes, tmp_path):
     (tmp_path / "x").write_bytes(b"not a safetensors file at all")
     with pytest.raises(ValueError, match="x is not a readable"):
         read_proposals(tmp_path / "x")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_engine_is_released_when_all_are_made_or_one_fails(fails, scenes, tmp_path):
+    released = []
+
+    def engine(dataset, index, reduction=4, limit=400):
+        if fails and index == 1: raise OSError("no room")
+        return instances(dataset, index, reduction, limit)
+    engine.release = lambda: released.append(len(list(tmp_path.glob("*.safetensors"))))
+    with pytest.raises(OSError, match="no room") if fails else contextlib.nullcontext():
+        make_proposals(scenes, engine, tmp_path)
+    assert released == [1 if fails else 3]
 
 
 def test_a_killed_write_leaves_nothing(scenes, tmp_path, monkeypatch):

@@ -23,8 +23,7 @@ def scenes():
 
 def forget():
     "Nothing stays loaded."
-    sam._generator.cache_clear()
-    sam._net.cache_clear()
+    sam.release()
 
 
 def holds(found, size, reduction):
@@ -72,6 +71,7 @@ def test_sam2_checkpoint(scenes, tmp_path):
     torch.save({"model": {name: value + 0.02 if value.ndim == 1 else value for name, value in state.items()}}, file)
     store = make_proposals(scenes, "sam2", tmp_path / "store", reduction=2, **options)
     assert not torch.equal(store[0].bits, plain.bits)  # other weights
+    assert sam._generator.cache_info().currsize == sam._net.cache_info().currsize == 0, "the device is free again"
     assert store.manifest["checkpoint"].startswith("sam2.1_hiera_tiny.pt ")
     assert "checkpoint" not in store.manifest["options"]
     with pytest.raises(ValueError, match="checkpoint 'sam2.1_hiera_tiny.pt .*asked: 'random'.*another folder"):

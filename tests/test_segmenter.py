@@ -12,6 +12,7 @@ from reinpp.models.adapter_files import pull_adapter, push_adapter, read_adapter
 from reinpp.models.backbones import create_backbone, extract_features
 from reinpp.models.baselines import ADAPTERS
 from reinpp.models.segmenter import HEADS, create_segmenter, load_segmenter, tiny_segmenter, window_starts
+from reinpp.paper.costs import KeptForBackward
 
 IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
@@ -84,6 +85,26 @@ def test_every_adapter_with_every_head(adapter, head, tmp_path):
         assert base.state_dict().keys() == other.backbone.state_dict().keys()
         found, wanted = (extract_features(vit, IMAGES) for vit in (other.backbone, base))
         assert all(torch.equal(a, b) for a, b in zip(found, wanted)), "detached, the backbone is the untouched model"
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_checkpointing_keeps_less_and_changes_no_gradient(adapter):
+    found, kept = [], []
+    for checkpointing in (False, True):
+        segmenter = make(adapter, checkpointing=checkpointing).train()
+        there = [*segmenter.parameters(), *segmenter.buffers(), IMAGES]
+        torch.manual_seed(1)
+        with KeptForBackward(there) as books:
+            loss = segmenter(IMAGES).pixel_loss(torch.zeros(len(IMAGES), *IMAGES.shape[2:], dtype=torch.long))
+        kept.append(books.peak)
+        loss.backward()
+        found.append({name: p.grad for name, p in segmenter.named_parameters() if p.grad is not None})
+        assert "checkpointing" not in segmenter.config
+    plain, again = found
+    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+    inside = [name for name in plain if name.startswith(("adapter.", "backbone.blocks."))]
+    assert bool(inside) == (adapter != "freeze") == any(plain[name].any() for name in inside)
+    assert kept[1] < 0.8 * kept[0] if inside else kept[1] == kept[0], "without anything to train, no block keeps any"
 
 
 def test_tiny_segmenter_is_small_and_takes_changes():

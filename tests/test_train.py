@@ -1,5 +1,6 @@
 "The loop: groups, schedule, checkpoints, errors."
 import json
+import time
 
 import pytest
 import torch
@@ -11,9 +12,18 @@ from reinpp.data.sampling import fold
 from reinpp.data.transforms import TrainTransform, adv_style, pasta
 from reinpp.files import BadFile
 from reinpp.models.losses import normalized_score_loss
-from reinpp.models.segmenter import create_segmenter
+from reinpp.models.segmenter import create_segmenter, tiny_segmenter
+from reinpp.training import train
 from reinpp.training.generalize import Generalize
-from reinpp.training.train import TrainingError, adapt_each, fit, learning_rate, parameter_groups
+from reinpp.training.train import (
+    TrainingError,
+    adapt_each,
+    default_workers,
+    fit,
+    learning_rate,
+    parameter_groups,
+    tf32,
+)
 
 
 class Toy:
@@ -57,6 +67,39 @@ def test_samples_do_not_depend_on_workers(workers, tmp_path):
     reference = Toy()
     fit(reference, iterations=4, batch_size=3, progress="none", lr=0.1)
     assert all(torch.equal(a, b) for a, b in zip(toy.state_dict().values(), reference.state_dict().values()))
+
+
+def test_a_gpu_has_workers_of_its_own_and_a_cpu_none(monkeypatch):
+    for there, processes, wanted in ((2, 1, 2), (32, 1, 8), (16, 4, 4), (2, 4, 1)):
+        monkeypatch.setattr(train, "cores", lambda there=there: there)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert default_workers(torch.device("cuda", 1)) == wanted
+    assert default_workers(torch.device("cpu")) == 0
+    assert fit(Toy(), iterations=1, batch_size=1, progress="none")["workers"] == 0
+
+
+def test_the_record_says_how_long_the_loop_waited(tmp_path):
+    toy, draw = Toy(), Toy.sample
+
+    def sample(key, seed):
+        time.sleep(0.06)
+        return draw(toy, key, seed)
+    toy.sample = sample
+    go = dict(iterations=4, batch_size=1, run_dir=tmp_path, progress="none")
+    half = fit(toy, stop_at=2, **go)["seconds_waiting"]
+    made = fit(toy, **go)
+    assert 0.1 <= half < made["seconds_waiting"] <= made["seconds"] + 0.1, "both halves, and not the steps"
+
+
+def test_tf32_goes_with_bf16_and_is_put_back():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for allowed, said in ((True, "high"), (False, "highest")):
+        with pytest.raises(KeyError), tf32(torch.device("cuda"), allowed):
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (said, allowed)
+            raise KeyError
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    with tf32(torch.device("cpu"), True):
+        assert torch.get_float32_matmul_precision() == before[0], "a CPU computes as it does"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -176,6 +219,22 @@ def adapts(segmenter, day, night, **options):
 
 
 # ---- pictures
+
+def test_checkpointing_ends_at_the_same_weights(day):
+    ends, passes = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        segmenter = tiny_segmenter()
+        count = [0]
+        segmenter.backbone.blocks[3].register_forward_pre_hook(lambda *_, n=count: n.append(1))
+        record = fit(Generalize(segmenter, day, TrainTransform(crop=64, base=64), num_points=64), iterations=2,
+            batch_size=1, lr=1e-3, checkpointing=checkpointing, progress="none")
+        ends.append(list(segmenter.trained_state().values()))
+        passes.append(sum(count))
+        assert record["checkpointing"] == checkpointing
+    assert passes == [2, 4], "each block is computed twice a step"
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+
 
 def test_pictures_leave_the_run_as_it_is(day, night, tmp_path):
     "Trap: a picture that takes from the random stream, or leaves the student in another mode."

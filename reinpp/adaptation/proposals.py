@@ -269,11 +269,14 @@ def make_proposals(
     if workers > 1:  # "spawn" is the only way that goes with CUDA
         results = each(_work, todo, workers, "spawn", _start, (make, workers), ordered=False)
     done, show, size = len(share) - len(todo), "auto" if progress else "none", 0
-    with Progress(len(share), f"proposals ({stored['engine']})", "image", done, show) as bar:
-        for made, written in enumerate(results, 1):
-            size += written
-            bar.update()
-            if made == min(3 * workers, len(todo)): _say_what_is_ahead(bar, root, size / made, len(todo) - made)
+    try:
+        with Progress(len(share), f"proposals ({stored['engine']})", "image", done, show) as bar:
+            for made, written in enumerate(results, 1):
+                size += written
+                bar.update()
+                if made == min(3 * workers, len(todo)): _say_what_is_ahead(bar, root, size / made, len(todo) - made)
+    finally:
+        if hasattr(function, "release"): function.release()  # of the GPU's memory
     return ProposalStore(root)
 
 # %% ../../nbs/43_proposals.ipynb #c62068c9

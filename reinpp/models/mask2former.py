@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .losses import mask_classification_loss, normalized_score_loss, targets_from_labels
 
@@ -157,6 +158,11 @@ def points(
         return torch.addcmul(centre, offset, pixel), weight
 
 
+def _read(source, place, weight):
+    "What is seen on a level (B * heads, depth, h, w) at places (B * heads, points, n, 2), mixed by the weights."
+    return (F.grid_sample(source, place, mode="bilinear", align_corners=False) * weight).sum(2)
+
+
 @patch
 def forward(
     self: DeformableAttention,
@@ -164,7 +170,7 @@ def forward(
     tokens: Tensor,  # (B, n, dim) the same tokens without positions: what is read
     shapes: tuple[tuple[int, int], ...],  # (h, w) of each level, in token order
 ) -> Tensor:  # (B, n, dim)
-    "Read every level at the learned points and mix, in float32."
+    "Read every level at the learned points and mix, in float32; backward reads again, so that no sample is kept."
     batch, n, dim = tokens.shape
     place, weight = self.points(query, shapes)
     value = _linear_last(self.value, tokens).float().view(batch * self.num_heads, -1, n)  # (B * heads, depth, n)
@@ -173,8 +179,8 @@ def forward(
         weight = weight.flatten(0, 1).unsqueeze(1).split(self.num_points, 2)  # each (B * heads, 1, points, n)
         mixed = 0
         for level, (shape, source) in enumerate(zip(shapes, value.split([h * w for h, w in shapes], 2))):
-            seen = F.grid_sample(source.unflatten(2, shape), place[:, level], mode="bilinear", align_corners=False)
-            mixed = mixed + (seen * weight[level]).sum(2)  # seen: (B * heads, depth, points, n)
+            given = source.unflatten(2, shape), place[:, level], weight[level]
+            mixed = mixed + checkpoint(_read, *given, use_reentrant=False, preserve_rng_state=False)
         mixed = mixed.view(batch, dim, n).transpose(1, 2)
     return self.out(mixed)
 

@@ -77,6 +77,7 @@ def create_segmenter(
     normalization: str = "own",  # the family's own mean and std, or "imagenet" (the authors' choice for all families)
     weights: str | Path | None = None,  # a local checkpoint of the backbone
     backbone_args: dict = {},  # further ones of `create_backbone`, e.g. dict(hold="bf16")
+    checkpointing: bool = False,  # see `set_grad_checkpointing`; no part of `config`
 ) -> Segmenter:
     "Frozen backbone + adapter + head, in eval mode. Raises `ValueError` for what is unknown or does not fit."
     check_choice("adapter", adapter, ADAPTERS)
@@ -113,7 +114,8 @@ def create_segmenter(
     except TypeError as error:
         raise ValueError(f"head={head!r} does not take these arguments: {error}") from error
     own = vit.pretrained_cfg if normalization == "own" else dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    return Segmenter(vit, tune, top, num_classes, own["mean"], own["std"], config).eval()
+    made = Segmenter(vit, tune, top, num_classes, own["mean"], own["std"], config)
+    return (made.set_grad_checkpointing() if checkpointing else made).eval()
 
 # %% ../../nbs/27_segmenter.ipynb #fe8993d8
 _TINY = {
@@ -197,6 +199,13 @@ def predict(
             total[place] += scores
             seen[place] += 1
     return total.div_(seen)
+
+# %% ../../nbs/27_segmenter.ipynb #5e7c0de2
+@patch
+def set_grad_checkpointing(self: Segmenter, enable: bool = True) -> Segmenter:
+    "Itself; backward keeps the inputs of the backbone's blocks alone and computes them again. As timm's."
+    self.backbone.set_grad_checkpointing(enable)
+    return self
 
 # %% ../../nbs/27_segmenter.ipynb #883ee6fa
 @patch

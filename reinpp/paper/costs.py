@@ -50,6 +50,16 @@ class Row:
     def hold(self) -> str: return self.model.get("backbone_args", {}).get("hold", "fp32")
 
     @property
+    def arguments(self) -> dict:
+        "Of `create_segmenter`, for random weights."
+        preset = PRESETS[self.preset].model
+        made = preset | dict(pretrained=False) | self.model
+        if self.what != "full": return made
+        head = dict(num_queries=100) | preset.get("head_args", {})
+        args = {k: v for k, v in made.get("backbone_args", {}).items() if k != "hold"}  # what is trained stays fp32
+        return made | dict(adapter="full", adapter_args={}, head_args=head, backbone_args=args)
+
+    @property
     def sizes(self) -> dict:
         return PRESETS[self.preset].data | dict(limit=PRESETS[self.preset].adaptation["limit"]) | self.data
 
@@ -108,11 +118,7 @@ class Job:
     def make(self):
         "The objective that the row trains, from random weights."
         what, preset, sizes = self.row.what, PRESETS[self.row.preset], self.row.sizes
-        changes = dict(pretrained=False) | self.row.model
-        if what == "full":
-            head_args = dict(num_queries=100) | preset.model.get("head_args", {})
-            changes |= dict(adapter="full", adapter_args={}, head_args=head_args)
-        segmenter = create_segmenter(**preset.model | changes)
+        segmenter = create_segmenter(**self.row.arguments)
         unused = open_dataset("scenes", "train", labels=False, count=1)  # a step is given its batch
         if what != "rein_a": return Generalize(segmenter, unused, None, num_points=sizes["num_points"])
         options = {k: v for k, v in preset.adaptation.items() if k not in ("engine", "reduction", "stm")}

@@ -20,8 +20,8 @@ METHODS = ("freeze", "full", "bitfit", "lora", "adaptformer", "vpt", "rein_g", "
 METHOD_VERSION = 2  # raise it when a change to the method, or to the tiny backbone, makes old adapters wrong
 EVALUATION_VERSION = 2  # raise it when a change to prediction or evaluation makes old metrics wrong
 _OF_EVALUATION = ("evaluate_on", "window", "stride", "size", "evaluation_version")
-_NO_RESULT = ("workers", "device", "run_dir", "checkpoint_minutes", "checkpoint_every", "log_every", "pictures_every",
-              "stop_at", "progress")  # arguments of `fit` that change no weight
+_NO_RESULT = ("workers", "checkpointing", "device", "run_dir", "checkpoint_minutes", "checkpoint_every", "log_every",
+              "pictures_every", "stop_at", "progress")  # arguments of `fit` that change no weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,7 @@ class RunFolder:
         self.objective, self.optimizer, self.settings = objective, optimizer, settings
         self.minutes, self.every, self.log_every = minutes, every, log_every
         self.done, self.earlier, self.recent, self.unlogged = 0, 0.0, deque(maxlen=1000), []
+        self.waited = 0.0  # seconds, for batches
 
     def resume(self, device) -> int:
         "Iterations that were done before. Raises ValueError where the checkpoint belongs to other settings."
@@ -109,12 +110,21 @@ class RunFolder:
             self.optimizer.load_state_dict(state["optimizer"])
             self.done, self.earlier, self.unlogged = state["iteration"], state["seconds"], state["unlogged"]
             self.recent.extend(state["recent"])
+            self.waited = state.get("waited", 0.0)  # older checkpoints do not say
         if self.writes: self.cut_log()
-        if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+        if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
         self.start = self.saved = time.perf_counter()
         return self.done
 
     def seconds(self) -> float: return self.earlier + time.perf_counter() - self.start
+
+    def waiting(self, batches: Iterator) -> Iterator:
+        "The batches; until each is there, the time counts as `waited`."
+        began = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
 
     def asked(self) -> Path | None:
         "The file that asks this run to stop, if somebody put it there."
@@ -274,7 +284,8 @@ def save(self: RunFolder) -> None:
     file, new = self.folder / "checkpoint.pt", self.folder / ".checkpoint.new"
     write_atomically(new, _pack(dict(
         objective=self.objective.state_dict(), optimizer=self.optimizer.state_dict(), settings=self.settings,
-        iteration=self.done, seconds=self.seconds(), recent=list(self.recent), unlogged=self.unlogged)))
+        iteration=self.done, seconds=self.seconds(), waited=self.waited, recent=list(self.recent),
+        unlogged=self.unlogged)))
     if file.exists(): os.replace(file, self.folder / "checkpoint.previous.pt")
     os.replace(new, file)
     self.saved = time.perf_counter()
@@ -298,6 +309,6 @@ def record(self: RunFolder, device: torch.device, processes: int) -> dict:
     seconds = self.seconds()
     return dict(self.settings, **dict(processes=processes) if processes > 1 else {},
                 finished=self.done >= self.settings["iterations"], done=self.done, seconds=round(seconds, 1),
-                seconds_per_iteration=seconds / max(1, self.done),
+                seconds_per_iteration=seconds / max(1, self.done), seconds_waiting=round(self.waited, 1),
                 loss_last_1000=sum(self.recent) / max(1, len(self.recent)), device=device_name(device),
-                peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
+                peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
