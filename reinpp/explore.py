@@ -30,7 +30,7 @@ from .training.evaluation import iou_from_confusion
 from .training.looks import Look, Seen, explain, judge, look, similarity_map, survey
 
 # %% ../nbs/60_explore.ipynb #fb402562
-LAYERS = ("image", "truth", "prediction", "error", "confidence", "entropy", "proposals", "similarity")
+LAYERS = ("image", "truth", "prediction", "error", "confidence", "entropy", "pseudo label", "proposals", "similarity")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class State:
     block: int = -1  # of the backbone, for `similarity`; negative: from the last
     head: int = 0  # of Rein-G
     token: int = 1  # of Rein-G; 0 is the one that gives nothing
+    tau: float = 0.968  # of `pseudo label`: a pixel is sure if its confidence is at least this
     pixel: tuple[int, int] | None = None  # x, y
 
 # %% ../nbs/60_explore.ipynb #d619bf71
@@ -65,9 +66,11 @@ def heat(
 def _paint(state: State, look: Look) -> tuple[np.ndarray | None, np.ndarray | None]:
     "Colours (H, W, 3), and where they count (H, W) bool; None: nowhere, and everywhere."
     visible = ~np.isin(np.arange(256), [*state.hidden, IGNORE])
-    if state.layer in ("truth", "prediction"):
+    if state.layer in ("truth", "prediction", "pseudo label"):
         label = look.truth if state.layer == "truth" else look.prediction
-        return (None, None) if label is None else (colorize(label), visible[label])
+        if label is None: return None, None
+        sure = look.confidence >= state.tau if state.layer == "pseudo label" else True
+        return colorize(label), visible[label] & sure
     if state.layer == "error" and look.truth is not None:
         wrong = (look.prediction != look.truth) & visible[look.truth]
         grey = np.repeat(np.asarray(Image.fromarray(look.image).convert("L"))[..., None], 3, 2)
@@ -277,10 +280,13 @@ def save(self: Explorer, path: str | Path) -> Path:
 @patch
 def explanation(self: Explorer) -> str:
     "The state's pixel as HTML: scores, queries and tokens."
-    if self.state.pixel is None: return "Choose a pixel with x and y."
+    sure = (self.view().confidence >= self.state.tau).mean()
+    weight = f"q = {sure:.2f}: the share of the image of which this adapter, as a teacher, is sure at τ"
+    if self.state.pixel is None: return f"{weight}.<br>Click the picture to choose a pixel."
     found, names = explain(self.view(), *self.state.pixel), self.dataset().classes
     order = found.scores.argsort()[::-1][:5]
-    lines = [f"<b>pixel {self.state.pixel}</b>: {', '.join(f'{names[k]} {found.scores[k]:.2f}' for k in order)}"]
+    scores = ", ".join(f"{names[k]} {found.scores[k]:.2f}" for k in order)
+    lines = [weight, f"<b>pixel {self.state.pixel}</b>: {scores}"]
     truth = self.view().truth
     if truth is not None and (label := int(truth[self.state.pixel[::-1]])) < len(names):
         lines.append(f"truth: {names[label]}")

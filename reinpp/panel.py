@@ -25,6 +25,7 @@ _PICTURE_JS = """
 function render({ model, el }) {
   const img = document.createElement("img"), bar = document.createElement("div");
   el.tabIndex = 0;
+  el.classList.add("reinpp-picture");
   el.style.cssText = "position:relative;line-height:0";
   img.style.cssText = "width:100%;cursor:crosshair";
   img.draggable = false;
@@ -123,8 +124,9 @@ def _controls(explorer: Explorer) -> dict:
         domain=w.Dropdown(options=places, value=state.domain, description="domain"),
         adapter=w.Dropdown(options=names, value=state.adapter, description="adapter"),
         other=w.Dropdown(options=[("(none)", ""), *((n, n) for n in names)], value=state.other, description="beside"),
-        layer=w.ToggleButtons(options=LAYERS, value=state.layer, style=dict(button_width="96px")),
+        layer=w.ToggleButtons(options=LAYERS, value=state.layer, style=dict(button_width="92px")),
         opacity=slider("opacity", state.opacity, 1.0, w.FloatSlider, step=0.05),
+        tau=slider("τ", state.tau, 1.0, w.FloatSlider, step=0.004, readout_format=".3f"),
         block=slider("block", range(blocks)[state.block], blocks - 1),
         head=slider("head", state.head, heads - 1), token=slider("token", state.token, tokens - 1))
 
@@ -151,7 +153,7 @@ class Panel:
         self.box = w.VBox([
             w.HBox([c["domain"], self.folder, self.upload]), w.HBox([c["adapter"], c["other"]]),
             c["layer"], w.HBox([self.image, w.VBox([self.images, w.HBox([self.previous, self.next]), c["opacity"],
-                c["block"], c["head"], c["token"], w.HBox([self.file, self.save])],
+                c["tau"], c["block"], c["head"], c["token"], w.HBox([self.file, self.save])],
                 layout=w.Layout(min_width="335px"))]),
             self.legend, self.why, w.HBox([self.mistakes, self.found]), self.matrix, self.said])
         self._listen()

@@ -36,7 +36,7 @@ def headline(folder: str | Path) -> str:
     "How far a run is, in one line: iteration, loss, speed, time left; whether it is under way."
     log = read_log(folder)
     state = "under way" if (Path(folder) / ".lock").exists() else "not under way"
-    if log.empty: return f"{folder}: nothing is logged yet, {state}"
+    if log.empty: return f"{Path(folder).name}: nothing is logged yet, {state}"
     last, before = log.iloc[-1], log.iloc[max(0, len(log) - 6)]
     steps, seconds = last.iteration - before.iteration, last.seconds - before.seconds
     each = seconds / steps if steps and seconds > 0 else last.seconds / max(last.iteration, 1)

@@ -143,6 +143,9 @@ def test_pixels_of_each_layer(seen):
     wrong = (seen.truth != seen.prediction) & known
     error = render(replace(full, layer="error"), seen)
     assert (error[wrong] == (230, 30, 60)).all() and (error[~wrong][:, 0] == error[~wrong][:, 1]).all()
+    pseudo = render(replace(full, layer="pseudo label", tau=float(np.median(seen.confidence))), seen)
+    taken = seen.confidence >= np.median(seen.confidence)
+    assert (pseudo[taken] == colorize(seen.prediction)[taken]).all() and (pseudo[~taken] == seen.image[~taken]).all()
     sure = render(replace(full, layer="confidence"), seen).astype(int).sum(-1)
     assert sure.flat[seen.confidence.argmax()] > sure.flat[seen.confidence.argmin()]
 
@@ -259,7 +262,7 @@ def test_the_panel_drives_the_state(panel, monkeypatch):
     panel.next.click()
     assert panel.image.value != picture and e.state.index == panel.images.value
     panel.images.value = e.rows()[0].index
-    for name, value in dict(layer="entropy", opacity=0.2, token=5, block=1, head=2).items():
+    for name, value in dict(layer="entropy", opacity=0.2, tau=0.5, token=5, block=1, head=2).items():
         panel.controls[name].value = value
         assert getattr(e.state, name) == value
     panel.image.wiper = 0.9

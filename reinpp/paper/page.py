@@ -25,6 +25,7 @@ from reinpp.paper.report import (
     footer,
     found,
     mark_best,
+    narrow,
     paper_table,
     verdicts,
 )
@@ -97,7 +98,8 @@ class Opened:
         if self._display is None:
             from IPython.display import display
             self._display = display
-        with pd.option_context("display.max_columns", None): self._display(value)
+        with pd.option_context("display.max_columns", None):
+            self._display(narrow(value) if hasattr(value, "columns") else value)
 
     @property
     def settings(self) -> bool:

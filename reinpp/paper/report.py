@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHORT', 'LABELS', 'ROWS', 'SMALL', 'NOT_YET', 'mean_spread', 'in_percent', 'found', 'differences', 'above',
            'verdicts', 'verdict', 'verdict_table', 'comparison', 'across_targets', 'per_class', 'footer', 'markdown',
-           'paper_table', 'beside', 'beside_wide', 'mark_best', 'export_table', 'prediction_grid']
+           'paper_table', 'beside', 'beside_wide', 'mark_best', 'narrow', 'export_table', 'prediction_grid']
 
 # %% ../../nbs/53_report.ipynb #dc46cd28
 import math
@@ -322,6 +322,18 @@ def mark_best(
 ):  # a pandas Styler
     "The table with the best value of each column in bold, and the second best underlined."
     return _marked(table.apply(_as_text), columns, "<b>%s</b>", "<u>%s</u>", largest).style
+
+
+def narrow(
+    table,  # a DataFrame or a Styler
+    most: int = 12,  # columns that are shown as they are
+):  # the same, or a Styler
+    "A table of many columns in small print under upright heads, so that it fits its page; others as they are."
+    if len(table.columns) <= most: return table
+    style = table.apply(_as_text).style if isinstance(table, pd.DataFrame) else table
+    return style.set_table_styles([
+        dict(selector="th, td", props="font-size: 11px; padding: 1px 3px"),
+        dict(selector="th.col_heading", props="writing-mode: vertical-rl; text-align: right; font-weight: normal")])
 
 
 _TEX = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",

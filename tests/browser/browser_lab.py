@@ -1,0 +1,174 @@
+"""Pages as a person uses them, in JupyterLab and a Chromium. Not a part of `make test`: `make browser`.
+
+Pictures of what was seen lie in the folder that `REINPP_PICTURES` names, or in pytest's own."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lab import Lab, Notebook, chromium
+from PIL import Image
+
+REFERENCES = Path(__file__).parent / "references"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, browser):
+    running = Lab(tmp_path_factory.mktemp("lab"))
+    yield running.wait()
+    running.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport=dict(width=1280, height=1000))
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    "A function: a locator's or page's screenshot, kept under a name."
+    folder = Path(os.environ.get("REINPP_PICTURES") or tmp_path_factory.mktemp("pictures"))
+
+    def keep(what, name):
+        what.screenshot(path=folder / f"{name}.png")
+        return folder / f"{name}.png"
+    return keep
+
+
+def alike(path, name, tolerance=12):
+    "Whether a screenshot is like its reference: grey values of a quarter of the size, apart by less on average."
+    reference = Image.open(REFERENCES / f"{name}.png").convert("L")
+    shown = Image.open(path).convert("L").resize(reference.size, Image.Resampling.BOX)
+    apart = np.abs(np.asarray(shown, float) - np.asarray(reference, float)).mean()
+    assert apart < tolerance, f"{path} differs from {name}.png by {apart:.1f} grey values on average"
+
+
+class Shown:
+    "The explorer's panel in a page."
+
+    def __init__(self, page):
+        self.page, self.box = page, page.locator(".reinpp-picture").first
+        self.box.wait_for(timeout=60_000)
+        self.before = self.bytes()
+
+    def bytes(self):
+        "The picture's bytes, as the browser has them."
+        return self.page.evaluate("""async () => {
+            const source = document.querySelector('.reinpp-picture img').src;
+            const bytes = new Uint8Array(await (await fetch(source)).arrayBuffer());
+            return Array.from(new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))).join(); }""")
+
+    def changed(self, seconds=90):
+        "Wait for another picture than the last one."
+        for _ in range(int(seconds * 4)):
+            if (now := self.bytes()) != self.before:
+                self.before = now
+                return
+            self.page.wait_for_timeout(250)
+        pytest.fail(f"the picture stayed as it was for {seconds} s")
+
+
+def test_explore(lab, page, pictures):
+    notebook = Notebook(page, lab.copy("explore", count=4, output=str(lab.folder / "explore")))
+    notebook.run_all()
+    shown = Shown(page)
+    shown.box.scroll_into_view_if_needed()
+    alike(pictures(shown.box.locator("img"), "explore_picture"), "explore_picture")
+
+    handle = page.locator(".widget-slider:has-text('opacity') .noUi-handle")
+    handle.focus()
+    handle.press("ArrowRight")
+    shown.changed()
+    assert page.locator(".widget-slider:has-text('opacity') .widget-readout").inner_text() == "0.65"
+
+    road = page.get_by_role("button", name="road", exact=False).first
+    road.click()
+    shown.changed()
+    assert "line-through" in road.evaluate("e => e.style.textDecoration")
+    road.click()
+    shown.changed()
+
+    size = shown.box.locator("img").bounding_box()
+    shown.box.locator("img").click(position=dict(x=size["width"] * 0.25, y=size["height"] * 0.75))
+    shown.changed()
+    page.get_by_text(re.compile(r"pixel \(6[345], 9[567]\)")).wait_for(timeout=90_000)
+    page.get_by_text("tokens it attends to").wait_for()
+
+    wiper = page.locator(".reinpp-wiper").bounding_box()
+    x, y = wiper["x"] + wiper["width"] / 2, wiper["y"] + wiper["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - size["width"] / 4, y, steps=4)
+    page.mouse.up()
+    shown.changed()
+    moved = page.locator(".reinpp-wiper").bounding_box()["x"] - wiper["x"]
+    assert moved == pytest.approx(-size["width"] / 4, abs=6)
+    pictures(page, "explore_pixel_and_wiper")
+
+    chosen = page.locator(".widget-select:has-text('images') select")
+    first = chosen.input_value()
+    shown.box.locator("img").click(position=dict(x=9, y=9))
+    shown.changed()
+    shown.box.press("ArrowRight")
+    shown.changed()
+    assert chosen.input_value() != first
+
+    page.locator(".widget-dropdown:has-text('adapter') select").select_option("scenes_rein_a_snow_seed0")
+    shown.changed()
+    page.get_by_role("button", name="pseudo label").click()
+    shown.changed()
+    page.locator("td[data-cell]", has_text="100").or_(page.locator("td[data-cell]")).first.click()
+    page.locator(".widget-select:has-text('in') select option").first.wait_for(state="attached")
+    pictures(page, "explore_end")
+    page.locator("td[data-cell]").last.scroll_into_view_if_needed()
+    pictures(page, "explore_matrix")
+
+
+def test_quickstart_moves_stops_and_goes_on(lab, page, pictures):
+    made = lab.folder / "quickstart"
+    url = lab.copy("quickstart", short_iterations=80, adapt_iterations=2, images=2, output=str(made))
+    notebook = Notebook(page, url)
+    notebook.start_all()
+    log = made / "first_stretch_80_seed0" / "log.jsonl"
+    text = page.locator(".jp-OutputArea-output .widget-html-content", has_text="iteration").first
+    text.wait_for(timeout=300_000)
+    first = text.inner_text()
+    page.wait_for_function("([e, was]) => e.innerText != was", arg=[text.element_handle(), first], timeout=120_000)
+    page.get_by_role("button", name="stop", exact=True).scroll_into_view_if_needed()
+    pictures(page, "quickstart_moves")
+    page.get_by_role("button", name="stop", exact=True).click()
+    error = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']")
+    error.wait_for(timeout=120_000)
+    assert "goes on" in error.inner_text() and len(error.inner_text().splitlines()) == 1
+    error.scroll_into_view_if_needed()
+    pictures(page, "quickstart_stopped")
+    before = log.read_text()
+    reached = json.loads(before.splitlines()[-1])["iteration"]
+    assert reached < 80, "it was stopped on the way"
+
+    notebook.run_all(900)
+    assert log.read_text().startswith(before), "it went on, and did not start again"
+    assert json.loads(log.read_text().splitlines()[-1])["iteration"] == 80
+    page.get_by_text("iteration 80 of 80").first.wait_for()
+    page.get_by_text("iteration 80 of 80").first.scroll_into_view_if_needed()
+    pictures(page, "quickstart_goes_on")
+
+
+def test_table9(lab, page, pictures):
+    notebook = Notebook(page, lab.copy("table9", run_missing=False))
+    notebook.run_all(600)
+    tables = page.locator(".jp-OutputArea-output table", has_text="Rein-A")
+    assert tables.count() >= 3
+    tables.first.scroll_into_view_if_needed()
+    pictures(page, "table9")

@@ -1,0 +1,45 @@
+"""The site in a Chromium, 1280 and 800 pixels wide: nothing is cut off. Not a part of `make test`: `make browser`."""
+
+import subprocess
+import sys
+
+import pytest
+from lab import ROOT, chromium
+
+WIDER = """() => {
+  const scrolls = e => ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
+  const wide = e => e.clientWidth > 0 && e.scrollWidth > e.clientWidth + 12;  // 12: the mark beside a heading
+  const found = [];
+  for (const e of document.querySelectorAll("article *")) {
+    if (e.closest("mjx-container") || !wide(e)) continue;
+    let box = e;
+    while (box.tagName !== "ARTICLE" && !scrolls(box)) box = box.parentElement;
+    const cut = box.tagName === "ARTICLE", text = e.tagName === "PRE";
+    if (cut || text) found.push(`${e.tagName} ${e.scrollWidth} > ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`);
+  }
+  const page = document.documentElement;
+  if (page.scrollWidth > page.clientWidth) found.push(`the page itself: ${page.scrollWidth} > ${page.clientWidth}`);
+  return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-c", "docs", "-d", folder / "doctrees", ".", folder / "html"],
+        cwd=ROOT, check=True)
+    return folder / "html"
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_nothing_is_cut_off(site, width):
+    "Code and text fit or wrap; tables fit or scroll in a box of their own; no page is wider than the window."
+    paths = sorted([*(site / "docs").glob("*.html"), *(site / "nbs").glob("*.html")])
+    wrong = {}
+    with chromium() as browser:
+        page = browser.new_page(viewport=dict(width=width, height=900))
+        for path in paths:
+            page.goto(path.as_uri())
+            if found := page.evaluate(WIDER):
+                wrong[path.stem] = found
+    assert len(paths) > 60 and not wrong
