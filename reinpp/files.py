@@ -9,6 +9,7 @@ __all__ = ['MOST_BYTES', 'PROGRESS', 'data_folder', 'check_choice', 'Between', '
 
 # %% ../nbs/01_files.ipynb #643be419
 import contextlib
+import filecmp
 import glob
 import json
 import lzma
@@ -37,9 +38,19 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 # %% ../nbs/01_files.ipynb #a422b6dd
+@lru_cache(maxsize=1)
 def data_folder() -> Path:
-    "The checkout's `data/`, where data sets are looked for."
-    return Path(__file__).resolve().parents[1] / "data"
+    """Where data sets, weights and records lie: the checkout's `data/`; `REINPP_DATA` or the user's cache for a package
+    that was installed, with a copy of what it brought. Raises OSError where that cannot be written."""
+    package = Path(__file__).resolve().parent
+    brought = package / "bundled"
+    if not brought.is_dir(): return package.parent / "data"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinpp"
+    folder = Path(os.environ.get("REINPP_DATA") or cache)
+    for file in filter(Path.is_file, sorted(brought.rglob("*"))):
+        own = folder / file.relative_to(brought)
+        if not (own.is_file() and filecmp.cmp(file, own, shallow=False)): write_atomically(own, file.read_bytes())
+    return folder
 
 # %% ../nbs/01_files.ipynb #05d706bf
 def check_choice(

@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'CLASSES', 'PALETTE', 'ID_MAPS', 'HIGHEST_ID', 'IDD_LITE_CLASSES', 'IDD_LITE_FOLD', 'all_ids', 'fold_label',
-           'palette', 'colorize', 'overlay', 'legend']
+           'palette', 'colorize', 'overlay', 'legend', 'class_colours', 'ClassList', 'class_list']
 
 # %% ../nbs/00_labels.ipynb #1cdb64ef
 import colorsys
+import csv
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,3 +125,62 @@ def legend(
     ax.axis("off")
     ax.legend(handles=[Patch(color=colours[i] / 255, label=names[i]) for i in ids], loc="center", ncols=columns,
               frameon=False, fontsize=8)
+
+# %% ../nbs/00_labels.ipynb #c1a55116
+def class_colours(
+    names: tuple,  # of the classes
+) -> np.ndarray:  # (K, 3) uint8
+    "A class that Cityscapes knows by this name has its colour there, each other one a colour that none of those has."
+    known = dict(zip(CLASSES, palette(len(CLASSES))))
+    others = iter(palette(len(CLASSES) + len(names))[len(CLASSES):])
+    return np.stack([known[name] if name in known else next(others) for name in names])
+
+
+class ClassList(NamedTuple):
+    "Names in order, {mask value: position or 255}, and (K, 3) uint8 colours."
+    names: tuple[str, ...]
+    ids: dict[int, int] | None  # None: mask values are trainIds
+    colours: np.ndarray
+
+
+def _rows(file: str) -> list[tuple]:
+    "(mask value, name, colour or None) of a CSV. ValueError, in one line, for another form."
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            rows_of = csv.DictReader(lines)
+            found = [{str(k).strip().lower(): (v or "").strip() for k, v in row.items()} for row in rows_of]
+        rows = []
+        for number, row in enumerate(found):
+            text = row.get("colour") or row.get("color") or ""
+            plain = re.fullmatch(r"\D*(\d+)\D+(\d+)\D+(\d+)\D*", text)
+            colour = tuple(map(int, plain.groups())) if plain else tuple(bytes.fromhex(text.removeprefix("#"))) or None
+            if colour and (len(colour) != 3 or max(colour) > 255):
+                raise ValueError(f"colour {text!r}")
+            rows.append((int(row.get("id") or number), row["name"], colour))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"classes: {file} is no class list ({error}): it needs a header name,colour,id (colour and id "
+                         "may be left out) and rows such as road,#804080,7") from None
+    return rows
+
+
+def class_list(
+    classes: str | Iterable[str] | None,  # a CSV, "cityscapes" or None (both: 19 trainIds), or names of 0, 1, ...
+) -> ClassList:
+    "What mask values mean. Raises FileNotFoundError without the file, ValueError for one that is no class list."
+    if classes in (None, "cityscapes"): return ClassList(CLASSES, None, class_colours(CLASSES))
+    if isinstance(classes, str):
+        if not Path(classes).is_file():
+            raise FileNotFoundError(f"classes: no file {classes}; it should have a header name,colour,id and a row per "
+                                    "mask value (or say cityscapes)")
+        rows = _rows(classes)
+    else: rows = [(i, name, None) for i, name in enumerate(classes)]
+    if twice := [i for i, n in Counter(i for i, *_ in rows).items() if n > 1]:
+        raise ValueError(f"classes: the mask value {twice[0]} has two rows")
+    names = tuple(dict.fromkeys(name for _, name, _ in rows if name != "ignore"))
+    if len(names) < 2:
+        raise ValueError(f"classes: {len(names)} classes in the list; segmentation needs two or more")
+    colours = class_colours(names)
+    for _, name, colour in rows:
+        if colour and name != "ignore": colours[names.index(name)] = colour
+    ids = {i: names.index(name) if name != "ignore" else IGNORE for i, name, _ in rows}
+    return ClassList(names, {IGNORE: IGNORE} | ids, colours)

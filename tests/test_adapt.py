@@ -18,8 +18,10 @@ from PIL import Image
 
 from reinpp.adaptation.rein_a import ReinA
 from reinpp.command_line import main
-from reinpp.labels import PALETTE
+from reinpp.labels import IGNORE, PALETTE, class_colours, class_list
 from reinpp.models.segmenter import load_segmenter
+from reinpp.own_data import OwnData, Task
+from reinpp.paper import tables
 
 matplotlib.use("Agg")
 
@@ -100,8 +102,9 @@ def test_everything_comes_out(finished):
     for file in labels:
         label = np.asarray(Image.open(file))
         assert label.shape == (80, 112) and label.max() < 3
-    assert (out / "classes.csv").read_text().split() == ["value,name", "0,road", "1,car", "2,sky"]
-    assert (out / "predictions" / "legend.png").stat().st_size > 500
+    assert (out / "classes.csv").read_text().split() == [
+        "value,name,colour", "0,road,#804080", "1,car,#00008e", "2,sky,#4682b4"]
+    assert Image.open(out / "before_after.png").width >= 3 * 400  # image, before, after
     segmenter = load_segmenter(out / "adapter")
     assert segmenter.num_classes == 3 and sum(f.stat().st_size for f in (out / "adapter").iterdir()) < 8e6
     rein_g = load_segmenter(out / "rein_g")
@@ -152,6 +155,7 @@ def test_killed_half_way_it_goes_on(finished, monkeypatch):
         return real(self, batch, iteration)
 
     monkeypatch.setattr(ReinA, "step", step)
+    monkeypatch.setattr(OwnData, "estimate", lambda self: "")  # which makes steps of its own
     with pytest.raises(KeyboardInterrupt):
         page(**mine(finished, "again"))
     assert not (again / "adapter").exists()
@@ -171,9 +175,9 @@ def test_more_images_arrive(finished):
 
 
 def first_cells(folder, **parameters):
-    "The page up to where a model is made: its error, or None."
+    "The page up to where a step is timed, and its look at all files: the error, or None."
     try:
-        page("torch.manual_seed", **dict(output=str(folder / "refused")) | parameters)
+        page("print(f", **dict(output=str(folder / "refused")) | parameters)["work"].check()
     except (ValueError, OSError) as error:
         return str(error)
 
@@ -188,7 +192,8 @@ def test_the_pages_own_start_is_fine(tmp_path):
     (dict(iterations=0), "iterations=0"), (dict(iterations="2"), "iterations='2'"), (dict(crop=-1), "crop=-1"),
     (dict(seed=-1), "seed=-1"), (dict(preset="huge"), "preset='huge'"),
     (dict(engine="sam9"), "engine='sam9'"), (dict(options="tau"), "options='tau'"),
-    (dict(classes="none.csv"), "classes: no file none.csv"), (dict(start="nowhere"), "nowhere"),
+    (dict(classes="none.csv"), "classes: no file none.csv"), (dict(classes=None), "say what the values in"),
+    (dict(start="nowhere"), "nowhere"),
     (dict(backbone="dinov2_large", source="scenes:train[:2]", target="scenes:night/train[:2]"), "not dinov2_large")])
 def test_wrong_parameters_are_refused(wrong, says, folders):
     given = dict(source=str(folders / "day"), target=str(folders / "night"), classes=str(folders / "classes.csv"),
@@ -200,7 +205,8 @@ def test_wrong_parameters_are_refused(wrong, says, folders):
 def test_wrong_folders_are_refused(folders, tmp_path):
     given = dict(target=str(folders / "night"), classes=str(folders / "classes.csv"))
     # the bundled start
-    assert "19 classes and the table 3" in first_cells(folders, source=str(folders / "day"), **given)
+    assert "19 classes and the list 3" in first_cells(folders, source=str(folders / "day"), **given)
+    given["start"] = None
     assert "has no masks/" in first_cells(tmp_path, source=str(folders / "night"), **given)
     shutil.copytree(folders / "day", tmp_path / "day")
     write(tmp_path / "day" / "masks" / "1.png", np.full((80, 112), 99, np.uint8))
@@ -208,4 +214,129 @@ def test_wrong_folders_are_refused(folders, tmp_path):
     assert "99" in error and "1.png" in error and "\n" not in error
     (tmp_path / "bad.csv").write_text("value;name\n1;road\n")
     bad = given | dict(classes=str(tmp_path / "bad.csv"))
-    assert "header id,name" in first_cells(tmp_path, source=str(folders / "day"), **bad)
+    assert "header name,colour,id" in first_cells(tmp_path, source=str(folders / "day"), **bad)
+
+
+# ---------------------------------------------------------------- class lists
+
+def test_a_class_list_of_names_colours_and_ids(tmp_path):
+    file = tmp_path / "classes.csv"
+    file.write_text("\ufeffName,Color,Id\nignore,,0\nroad,,7\nhedge,#00a040,21\nhedge,,22\npond,1 2 3,30\n")
+    names, ids, colours = class_list(str(file))
+    assert names == ("road", "hedge", "pond") and ids == {0: IGNORE, 7: 0, 21: 1, 22: 1, 30: 2, IGNORE: IGNORE}
+    assert colours.tolist() == [PALETTE[0].tolist(), [0, 160, 64], [1, 2, 3]]
+    file.write_text("name,colour\nroad,\nhedge,\n")
+    names, ids, colours = class_list(str(file))
+    assert ids == {0: 0, 1: 1, IGNORE: IGNORE} and (colours == class_colours(names)).all()
+    assert colours[1].tolist() not in PALETTE.tolist(), "an unknown class has no known class's colour"
+    assert class_list("cityscapes").ids is None and len(class_list("cityscapes").names) == 19
+
+
+@pytest.mark.parametrize("text, says", [
+    ("name,colour\nroad,#80408\nsky,\n", "no class list"), ("name,colour\nroad,300 0 0\nsky,\n", "colour '300 0 0'"),
+    ("name,id\nroad,seven\nsky,2\n", "no class list"), ("name,id\nroad,7\nsky,7\n", "value 7 has two rows"),
+    ("name,id\nroad,7\n", "1 classes"), ("id\n1\n", "header name,colour,id")])
+def test_a_wrong_class_list_is_one_line(text, says, tmp_path):
+    (tmp_path / "classes.csv").write_text(text)
+    with pytest.raises(ValueError) as told:
+        class_list(str(tmp_path / "classes.csv"))
+    assert says in str(told.value) and "\n" not in str(told.value)
+
+
+def test_the_classes_are_counted_by_name_before_anything_trains(folders):
+    work = OwnData(Task(str(folders / "day"), classes=str(folders / "classes.csv"), output=folders / "counted"))
+    table = work.histogram()
+    assert list(table.index) == ["road", "car", "sky"] and table["source images"].tolist() == [3, 3, 3]
+    assert table["source %"].sum() == pytest.approx(100, abs=0.1)
+    assert table["source %"]["sky"] == pytest.approx(100 * 30 / 76, abs=0.1), "the ignored rows do not count"
+
+
+# ---------------------------------------------------------------- what a machine lacks, said at once
+
+def lacks(**task):
+    with pytest.raises((ValueError, FileNotFoundError)) as told:
+        OwnData(Task("scenes:train[:2]", "scenes:night/train[:2]", **task))
+    assert "\n" not in str(told.value)
+    return str(told.value)
+
+
+def test_no_gpu_no_network_and_no_checkpoint_are_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no NVIDIA GPU is visible" in lacks(device="cuda:0")
+    assert "say device cpu" in lacks(backbone="dinov2_large")
+    monkeypatch.setattr(tables, "_online", lambda: False)
+    monkeypatch.setattr(tables, "data_folder", lambda: tmp_path)
+    monkeypatch.setattr("reinpp.adaptation.sam.data_folder", lambda: tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    tables.lacking_weights.cache_clear()
+    try:
+        said = lacks(backbone="dinov2_large", device="cpu")
+        assert "nothing in the cache, and no network" in said and "sam2" in said, "all of it in one line"
+        assert "no network" in lacks(backbone="vit_small_patch16_224", device="cpu", engine="classical")
+    finally:
+        tables.lacking_weights.cache_clear()
+
+
+# ---------------------------------------------------------------- the commands
+
+def test_generalize_then_adapt_to_photographs_of_any_size(folders, tmp_path, capsys):
+    """Two commands: Rein-G on the labelled folder, then on from it, to a folder of photographs of mixed sizes, one of
+    them taken upright, with masks to measure with; and `predict` gives the same labels."""
+    target, rein_g, out = tmp_path / "street", tmp_path / "rein_g", tmp_path / "out"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for k, size in enumerate([(112, 80), (90, 70), (61, 40)]):
+        dark = Image.open(folders / "night" / "3.png").resize(size)
+        (target).mkdir(exist_ok=True)
+        dark.save(target / f"{k}.jpg", exif=exif if k == 2 else Image.Exif())
+    made = ["--classes", str(folders / "classes.csv"), "--crop", "64", "--batch-size", "1", "--json"]
+    assert main(["generalize", str(folders / "day"), "--iterations", "2", "--out", str(rein_g), *made]) == 0
+    told = capsys.readouterr()
+    start = json.loads(told.out)["adapter"]
+    assert "2 iterations of about" in told.err and "MB" in told.err and "sky" in told.err, "cost and classes are said"
+    command = ["adapt", str(target), "--source", str(folders / "day"), "--start", start, "--iterations", "2", *made]
+    assert main([*command, "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    report = json.loads(told.out)
+    assert report["images"] == 3 and report["miou"]["after"] is None and "class_entropy" in report["scores"]["after"]
+    assert "Rein-A on the target: 2 iterations" in told.err and "Rein-G" not in told.err
+    assert Image.open(report["picture"]).height > 300
+    again = report["command"].split()[1:]
+    again[again.index("FOLDER")] = str(target)
+    assert main([*again, "--out", str(tmp_path / "again")]) == 0
+    for k in range(3):
+        both = (place / "trainids" / f"{k}.png" for place in (out / "predictions", tmp_path / "again"))
+        labels = [np.asarray(Image.open(file)) for file in both]
+        assert (labels[0] == labels[1]).all()
+    assert labels[0].shape == (61, 40), "the upright photograph is upright"
+
+
+def test_masks_of_the_target_measure_and_do_not_train(folders, tmp_path, monkeypatch):
+    seen, real = [], ReinA.__init__
+
+    def init(self, segmenter, source, target, *more, **others):
+        seen.append(target.labelled)
+        real(self, segmenter, source, target, *more, **others)
+
+    monkeypatch.setattr(ReinA, "__init__", init)
+    monkeypatch.setattr(OwnData, "estimate", lambda self: "")
+    target = tmp_path / "labelled"
+    shutil.copytree(folders / "day", target)
+    made = ["--classes", str(folders / "classes.csv"), "--crop", "64", "--batch-size", "1", "--iterations", "1",
+        "--source-iterations", "1", "--out", str(tmp_path / "out")]
+    assert main(["adapt", str(target), "--source", str(folders / "day"), *made]) == 0
+    miou = json.loads((tmp_path / "out" / "record.json").read_text())["miou"]
+    assert seen == [False] and 0 <= miou["before"] <= 1 and 0 <= miou["after"] <= 1
+    assert Image.open(tmp_path / "out" / "before_after.png").width >= 4 * 400, "the masks stand beside"
+
+
+def test_stopped_the_command_says_that_it_goes_on(folders, tmp_path, monkeypatch, capsys):
+    def step(self, batch, iteration):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OwnData, "estimate", lambda self: "")
+    monkeypatch.setattr("reinpp.training.generalize.Generalize.step", step)
+    status = main(["generalize", str(folders / "day"), "--classes", str(folders / "classes.csv"), "--crop", "64",
+        "--iterations", "2", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert status == 130 and said.count("\n") == 1 and "the same command goes on from there" in said

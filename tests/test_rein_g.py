@@ -3,6 +3,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from reduced import reduced
 from safetensors import safe_open
@@ -10,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from reinpp.models.backbones import extract_features
-from reinpp.models.rein_g import ReinG
+from reinpp.models.rein_g import ReinG, sizes_of
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "rein_reference.safetensors"
 CLASSES = ("dinov2_large", "vit_small_patch14_reg4_dinov2", "clip_large", "eva02_large", "eva02_tiny_patch14_224",
@@ -191,3 +192,21 @@ def test_gelu_stands_between_the_two_layers():
     x = torch.randn(3, 32)
     assert torch.equal(mlp(x), last(torch.nn.functional.gelu(first(x))))
     assert isinstance(ReinG(32, 2, num_tokens=4, rank=2, num_heads=2, gelu=False).mlp[0], torch.nn.Linear)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
+def test_alone_on_timms_own_model(name):
+    """Of three families: it moves the features, it alone gets gradients, and detached the model is what it was."""
+    torch.manual_seed(0)
+    vit = timm.create_model(name, num_classes=0, depth=4).eval().requires_grad_(False)
+    images = torch.randn(1, 3, *vit.pretrained_cfg["input_size"][1:])
+    before = vit.forward_features(images)
+    rein = ReinG(**sizes_of(vit)).attach(vit)
+    with torch.no_grad():
+        rein.scale += 0.1
+    features = vit.forward_features(images)
+    features.square().mean().backward()
+    assert not torch.equal(features, before) and all(p.grad is None for p in vit.parameters())
+    assert {n for n, p in rein.named_parameters() if p.grad is not None and p.grad.any()} >= {"scale"}
+    rein.detach()
+    assert torch.equal(vit.forward_features(images), before)

@@ -433,8 +433,25 @@ def test_push_and_pull(saved, hub):
     assert (root / "me" / "fog" / "adapter_model.safetensors").read_bytes() == (
         folder / "adapter_model.safetensors").read_bytes()
     card = (root / "me" / "rain" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: reinpp\n") and "48.07" in card and "load_segmenter(pull_adapter(" in card
+    assert card.startswith("---\nlibrary_name: reinpp\n") and "48.07" in card and "load_segmenter(<" in card
     assert torch.equal(make(seed=9).load_adapter(pull_adapter("me/rain")).predict(IMAGES), segmenter.predict(IMAGES))
+
+
+def test_load_segmenter_takes_a_name_on_the_hub(saved, hub, monkeypatch, tmp_path):
+    """Pushed and loaded by its name; a folder of that name comes first; how it is used travels with it."""
+    segmenter, folder = saved
+    (folder / "use.json").write_text("{}")
+    push_adapter(folder, "me/rain")
+    assert (hub[0] / "me" / "rain" / "use.json").read_text() == "{}"
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(load_segmenter("me/rain").predict(IMAGES), segmenter.predict(IMAGES))
+    other = make(seed=9)
+    other.save_adapter("me/rain")
+    assert torch.equal(load_segmenter("me/rain").predict(IMAGES), other.predict(IMAGES))
+    with pytest.raises(FileNotFoundError, match=r"^me/none: no such folder here, and from the Hub me/none could not"):
+        load_segmenter("me/none")
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
+        load_segmenter("none")
 
 
 def test_what_the_hub_refuses_is_one_line(saved, hub, monkeypatch):

@@ -2,10 +2,13 @@
 
 import configparser
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -282,6 +285,70 @@ def test_export_keeps_the_public_names(tmp_path):
     assert f'__version__ = "{version}"' in source
     assert (tmp_path / "reinpp" / "__init__.py").read_text() == source.replace(f'"{version}"', '"9.8.7"')
     assert str(tmp_path) not in (tmp_path / "reinpp" / "_modidx.py").read_text()
+
+
+# ---- The wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of this tree, unpacked somewhere else: its folder. Beside what is versioned, data/ holds what a user has
+    there."""
+    base = tmp_path_factory.mktemp("wheel")
+    tree, unpacked = base / "tree", base / "site"
+    tree.mkdir()
+    for name in ("pyproject.toml", "settings.ini", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "reinpp", tree / "reinpp", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("paper", "weights", "results"):
+        shutil.copytree(ROOT / "data" / part, tree / "data" / part, ignore=shutil.ignore_patterns("*.pt", "*.pth"))
+    for theirs in ("runs/x/log.json", "camvid/day_val/0.png", "weights/sam2.1_hiera_large.pt"):
+        (tree / "data" / theirs).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "data" / theirs).write_bytes(b"{}")
+    run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(base)!r})", cwd=tree)
+    (file,) = base.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(unpacked)
+    return unpacked
+
+
+def test_the_wheel_brings_what_is_small_and_nobodys_data(wheel):
+    files = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
+    ours_in_data = {f"reinpp/bundled/{path.relative_to(ROOT / 'data').as_posix()}" for path in ours(
+        "data/paper/*", "data/weights/tiny.*", "data/weights/*/adapter_*", "data/results/*.json")}
+    assert len(ours_in_data) > 30 and ours_in_data <= files
+    assert not [name for name in files if "/runs/" in name or "camvid/" in name or name.endswith((".pt", ".png"))]
+    assert {f"reinpp/{path.relative_to(ROOT / 'reinpp').as_posix()}" for path in ours("reinpp/**/*.py")} <= files
+
+
+def test_an_installed_package_finds_its_data_and_writes_to_the_cache_alone(wheel, tmp_path):
+    code = """
+import sys
+from pathlib import Path
+import reinpp
+from reinpp import load_segmenter
+from reinpp.command_line import main
+from reinpp.files import data_folder
+from reinpp.paper.experiments import Ledger, plan
+from reinpp.paper.report import paper_table
+assert Path(reinpp.__file__).is_relative_to(sys.argv[1]), reinpp.__file__
+assert data_folder() == Path(sys.argv[2]) / "reinpp"
+load_segmenter("scenes_rein_g_seed0")
+assert Ledger().get(plan("tiny", "rein_g")) and len(paper_table(7)) == 5
+(data_folder() / "weights" / "tiny.safetensors").write_bytes(b"another one")
+data_folder.cache_clear()
+load_segmenter("scenes_rein_g_seed0")
+assert main(["doctor"]) == 0
+"""
+    def held():
+        return {path: path.stat().st_mtime_ns for path in wheel.rglob("*") if "__pycache__" not in path.parts}
+    before = held()
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "REINPP_DATA")}
+    environment |= dict(PYTHONPATH=str(wheel), XDG_CACHE_HOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run([sys.executable, "-c", code, str(wheel), str(tmp_path)], cwd=tmp_path, env=environment,
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "preset     tiny: ready" in done.stdout and held() == before
 
 
 def test_ledger_and_paper_are_readable():

@@ -16,7 +16,15 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..files import check_choice
-from .adapter_files import IDENTITY, SETTINGS, check_config, check_fits, read_adapter, write_adapter
+from reinpp.models.adapter_files import (
+    IDENTITY,
+    SETTINGS,
+    adapter_folder,
+    check_config,
+    check_fits,
+    read_adapter,
+    write_adapter,
+)
 from .backbones import IMAGENET_MEAN, IMAGENET_STD, create_backbone, extract_features, patch_size_of
 from .baselines import ADAPTERS, create_adapter
 from .mask2former import HeadOutput, Mask2Former
@@ -234,13 +242,14 @@ def _take(self, folder, config, state):
 
 
 def load_segmenter(
-    folder: str | Path,  # that `save_adapter` wrote
+    folder: str | Path,  # that `save_adapter` wrote, the name of a bundled one, or user/name on the Hugging Face Hub
     **changes,  # of `create_segmenter`'s arguments, e.g. weights=<file>
 ) -> Segmenter:
     """The segmenter that an adapter folder was saved from, backbone included.
 
     Raises what `read_adapter` does, and `ValueError` for a folder whose settings make no segmenter, or another one than
     its tensors are of, before anything large is made."""
+    folder = adapter_folder(folder)
     config, state = read_adapter(folder)
     arguments = {key: config[key] for key in (*IDENTITY, "image_size")} | changes
     check_fits(folder, config, state, *_sketch(folder, arguments))

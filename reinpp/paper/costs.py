@@ -78,7 +78,8 @@ ROWS |= {f"internvl_6b_rein_a_{hold}": Row("rein_a", "paper", 1, model, gpu=True
 def synthetic_batch(row: Row, device: torch.device) -> dict[str, torch.Tensor]:
     "What a step of a row takes: image and label, and for Rein-A source, target and proposals."
     draw, crop, images = torch.Generator().manual_seed(0), row.sizes["crop"], row.batch
-    blocks = torch.randint(0, 12, (images, 1, 6, 6), generator=draw).float()
+    classes = min(12, row.model.get("num_classes", 12))
+    blocks = torch.randint(0, classes, (images, 1, 6, 6), generator=draw).float()
     label = F.interpolate(blocks, crop, mode="nearest")[:, 0].long()
     label[:, : crop // 16] = IGNORE
 

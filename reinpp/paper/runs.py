@@ -101,6 +101,7 @@ def commit() -> str:
     def git(*arguments):
         command = ["git", "-C", str(data_folder().parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not (data_folder().parent / "nbs").is_dir(): return "unknown"  # an installed package
     try:
         changed = git("status", "--porcelain", "--", "reinpp", "nbs", "data/weights")
         return git("rev-parse", "--short=10", "HEAD") + "+" * bool(changed)

@@ -20,7 +20,7 @@ import torch
 from ..adaptation.sam import lacking_engine
 from ..data.catalog import DATASETS
 from ..files import check_choice, data_folder
-from ..models.backbones import BACKBONES
+from ..models.backbones import BACKBONES, BackboneSpec
 from .cells import printed
 from .experiments import METHODS, PRESETS, Experiment, Ledger, plan
 from .runs import estimate, find_adapter, run
@@ -141,16 +141,20 @@ def _online(host="huggingface.co"):
 
 
 @cache
-def lacking_weights(backbone: str) -> str:
+def lacking_weights(
+    backbone: str,
+    any_name: bool = False,  # also of a timm model without a short name, which else is asked when it is made
+) -> str:
     "Why the weights of a backbone cannot be had: no file, not in the cache, no network. Empty where they can."
     spec, folder = BACKBONES.get(backbone), data_folder() / "weights"
-    if spec is None: return ""  # any other of timm's: asked when it is made
+    if spec is None and not any_name: return ""
+    spec = spec or BackboneSpec(backbone)
     names = [spec.weights] if spec.weights else [f"{spec.timm_name}.safetensors", spec.timm_name]
     if any((folder / name).exists() for name in names): return ""
     if spec.weights: return f"backbone {backbone}: no weights at data/weights/{spec.weights}"
     kept = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub"
     kept = Path(os.environ.get("HF_HUB_CACHE", kept))
-    if any(kept.glob(f"models--*--{spec.timm_name}/snapshots/*/*")) or _online(): return ""
+    if any(kept.glob(f"models--*--{spec.timm_name}*/snapshots/*/*")) or _online(): return ""
     return f"backbone {backbone}: no file data/weights/{names[0]}, nothing in the cache, and no network"
 
 
