@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_names', 'check_parameters', 'missing_for_paper', 'choose_preset', 'wanted', 'lacking_weights', 'lacking_engine',
-           'memory_needed', 'lacking', 'preflight', 'reason_of', 'fill']
+           'lacking_official', 'memory_needed', 'lacking', 'preflight', 'what_would_fit', 'reason_of', 'fill']
 
 # %% ../../nbs/54_tables.ipynb #4545ad5b
 import ast
@@ -19,11 +19,11 @@ import torch
 
 from ..adaptation.sam import find_checkpoint, package_version
 from ..data.catalog import DATASETS
-from ..files import check_choice, data_folder
+from ..files import check_choice, data_folder, runs_folder
 from ..models.backbones import BACKBONES
 from .cells import printed
-from .experiments import METHODS, PRESETS, Experiment, Ledger, plan
-from .runs import estimate, find_adapter, run
+from .experiments import METHODS, OFFICIAL, PRESETS, Experiment, Ledger, plan
+from .runs import estimate, find_adapter, find_official, run
 
 # %% ../../nbs/54_tables.ipynb #12c01391
 def check_names(
@@ -113,7 +113,7 @@ def wanted(
     runs: str | Path | None = None,
 ) -> dict[tuple, Experiment]:  # (row label, target or None, seed) -> run
     "The runs that a table shows. Rows that do not adapt serve every target at once."
-    ledger, runs, chosen = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs", {}
+    ledger, runs, chosen = ledger or Ledger(), runs_folder(runs), {}
     asked = [(label, target, seed) for label, row in rows.items() for seed in seeds
         for target in (targets if row["method"] == "rein_a" and "target" not in row else [row.get("target")])]
     for label, target, seed in asked:
@@ -167,6 +167,15 @@ def lacking_engine(engine: str) -> list[str]:
     return lacks
 
 
+def lacking_official(data_root: str | Path | None = None) -> list[str]:
+    "One line where the released checkpoint is not there."
+    try:
+        find_official(data_root)
+    except FileNotFoundError as error:
+        return [str(error)]
+    return []
+
+
 def memory_needed(experiment: Experiment) -> float | None:
     "GB that the paper prints for such a run; 40, its GPU's size, where it did not fit; None if nothing is printed."
     size = experiment.model["backbone"].rpartition("_")[2].title()  # Large, Giant
@@ -198,20 +207,24 @@ def lacking(
             if hasattr(DATASETS.get(name), "find"): DATASETS[name].find(data_root)
         except (FileNotFoundError, ValueError) as error:
             lacks.append(str(error).splitlines()[0].replace(f"{data_folder().parent}/", ""))
-    lacks += filter(None, [lacking_weights(e.model["backbone"])])
-    if e.adaptation and e.adaptation.get("use_stm", True): lacks += lacking_engine(e.adaptation["engine"])
-    if e.size == "protocol":  # of the paper's size
+    drawn = not e.model.get("pretrained", True)  # random weights: a rehearsal, on any machine
+    if not drawn: lacks += filter(None, [lacking_weights(e.model["backbone"])])
+    if e.method == OFFICIAL: lacks += lacking_official(data_root)
+    if e.adaptation and e.adaptation.get("use_stm", True) and not drawn:
+        lacks += lacking_engine(e.adaptation["engine"])
+    if e.size == "protocol" and not drawn:
         gpu = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory / 1e9
         needs = memory_needed(e)
         wants = f"a GPU with {needs:.0f} GB" if needs else "a GPU"
         if not gpu: lacks.append(f"no NVIDIA GPU is visible to torch: it wants {wants}")
         elif needs and gpu < needs: lacks.append(f"GPU memory: it wants {wants}, here are {gpu:.0f}")
     millions = {"l": 304, "g": 1140, "6": 6000}.get(e.model["backbone"].rpartition("_")[2][0], 90)
-    disk = 16e-3 * (millions + 24 if e.model["adapter"] == "full" else 54 if e.size == "protocol" else 2)
-    for folder in (runs or data_folder() / "runs", results or data_folder() / "results"):
+    paper = e.size == "protocol" and not drawn
+    disk = 16e-3 * (millions + 24 if e.model["adapter"] == "full" and not drawn else 54 if paper else 2)
+    for folder in (runs_folder(runs), results or data_folder() / "results"):
         place = _place(folder)
         if not os.access(place, os.W_OK): lacks.append(f"no write access to {place.name}/, for {Path(folder).name}/")
-    free = shutil.disk_usage(_place(runs or data_folder() / "runs")).free / 1e9
+    free = shutil.disk_usage(_place(runs_folder(runs))).free / 1e9
     if free < disk: lacks.append(f"disk: a checkpoint is about {disk:.1f} GB, and {free:.1f} GB are free")
     return lacks
 
@@ -233,11 +246,24 @@ def preflight(
     return {label: list(dict.fromkeys(lines)) for label, lines in lacks.items()}
 
 # %% ../../nbs/54_tables.ipynb #dc2ef559
-def reason_of(error: BaseException) -> str:
-    "One line that says what went wrong."
+def what_would_fit(experiment: Experiment) -> str:
+    "What makes a run smaller, and whether its result stays comparable."
+    model, batch = experiment.model, experiment.training["batch_size"]
+    hold, trained = model.get("backbone_args", {}).get("hold", "fp32"), model["adapter"] == "full"
+    ways = ["bf16 weights (backbone_args hold='bf16'; comparable)"] * (hold == "fp32" and not trained)
+    ways += ["recomputing the backbone's blocks (checkpointing; the same result)"]
+    ways += ["4-bit weights (hold='int4'; other features, say so beside the number)"] * (hold != "int4" and not trained)
+    ways += [f"{batch} GPUs with torchrun (the same batch; comparable)",
+        f"a batch of {batch // 2} (another run; not comparable)"] if batch > 1 else []
+    return "; ".join(ways)
+
+
+def reason_of(error: BaseException, experiment: Experiment | None = None) -> str:
+    "One line that says what went wrong; of a run without memory also what would fit."
     if isinstance(error, torch.OutOfMemoryError):
         total = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
-        return f"out of GPU memory ({total:.0f} GB)"
+        ways = f"; smaller are: {what_would_fit(experiment)}" if experiment else ""
+        return f"out of GPU memory ({total:.0f} GB){ways}"
     line = (str(error).strip().splitlines() or [""])[0]
     return (line or type(error).__name__).replace(f"{data_folder().parent}/", "")
 
@@ -253,12 +279,13 @@ def _make(missing, ledger, lacks, data_root, runs, options):
                 run(e, ledger, runs, data_root, **dict(progress="lines") | options)
                 continue
             except Exception as error:  # whatever it is: the other rows go on
-                why = reason_of(error)
+                why = reason_of(error, e)
                 if torch.cuda.is_available(): torch.cuda.empty_cache()
-                where = Path(runs or data_folder() / "runs")
+                where = runs_folder(runs)
                 if e.start and ledger.get(e.start) is None and find_adapter(e.start, where) is None:
                     gone[start] = why
-        failed[e.key], gone[e.training_key] = why, why
+        failed[e.key] = why
+        if not lacks[e.key]: gone[e.training_key] = why  # one that only cannot be evaluated is trained as a start
         print(f"FAILED {e}: {why}", flush=True)
     return failed
 
