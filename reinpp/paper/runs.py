@@ -24,14 +24,14 @@ from ..adaptation.stm import STM
 from ..data.datasets import concat, take
 from ..data.sampling import STATISTICS, Sampler
 from ..data.transforms import TrainTransform
-from ..files import data_folder, device_name, duration, runs_folder, write_atomically
+from ..files import data_folder, device_name, duration, file_size, runs_folder, write_atomically
 from ..models.adapter_files import SETTINGS, read_adapter
 from ..models.official import load_official
 from ..models.segmenter import Segmenter, create_segmenter
 from .experiments import METHODS, OFFICIAL, PRESETS, Experiment, Ledger, open_domain, plan
 from .servers import servers_of, write_archive
 from ..processes import barrier, broadcast, get_rank, get_world_size, init_process_group, local_batch_size
-from ..training.evaluation import CONDITIONS, evaluate, evaluate_set, protocol, scorecard
+from ..training.evaluation import CONDITIONS, evaluate, evaluate_set, predictions, protocol, scorecard
 from ..training.generalize import Generalize
 from ..training.run_folder import Stopped, locked
 from ..training.train import fit
@@ -273,9 +273,14 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
 
 def _closed(experiment, data_root):
     "The error of the first domain that a run is evaluated on and that cannot be opened; None if all can."
-    for domain in experiment.evaluate_on:
-        try: open_domain(domain, data_root)
-        except (OSError, ValueError) as error: return error
+    return next(filter(None, (_closed_one(domain, data_root) for domain in experiment.evaluate_on)), None)
+
+
+def _closed_one(domain, data_root):
+    try:
+        open_domain(domain, data_root)
+    except (OSError, ValueError) as error:
+        return error
 
 
 def _compared(experiment, known, made):
@@ -286,6 +291,29 @@ def _compared(experiment, known, made):
     return f"{experiment} had a record and no adapter here, and was trained again: {said}; its record stays"
 
 # %% ../../nbs/52_runs.ipynb #12c01391
+def _besides_training(experiment, objective, data_root):
+    "What -> one line: what the proposals of a set, and an evaluation, take beside a training; from two images each."
+    lines, a = {}, experiment.adaptation or {}
+    for domain, store in zip((experiment.source, experiment.target), getattr(objective, "stores", ())):
+        if store is None: continue
+        began = time.time()
+        size = sum(store[i].bits.nbytes for i in range(len(store))) / len(store)
+        count, each = len(open_domain(domain, data_root, labels=False)), (time.time() - began) / len(store)
+        lines[domain, a["engine"]] = (f"proposals of {domain} by {a['engine']}: {each:.2f} s an image, about "
+            f"{duration(each * count)} and {file_size(size * count)} of disk, made once")
+    sets = [open_domain(domain, data_root) for domain in experiment.evaluate_on if not _closed_one(domain, data_root)]
+    if not sets: return lines
+    began, name = time.time(), experiment.evaluate_on[0].partition(":")[0]
+    seen = dict(window=experiment.window, stride=experiment.stride)
+    seen |= protocol(name, experiment.data["crop"]) if experiment.size == "protocol" else dict(size=experiment.size)
+    for _ in predictions(objective.segmenter, sets[0], indices=[0], **seen): pass
+    each, count = time.time() - began, sum(map(len, sets))
+    lines[experiment.evaluate_on, experiment.model["backbone"]] = (
+        f"an evaluation of {experiment.method} with {experiment.model['backbone']}: {each:.2f} s an image, about "
+        f"{duration(each * count)} for {count:,} images")
+    return lines
+
+
 def estimate(
     experiments: list[Experiment],  # missing runs
     runs: str | Path | None = None,
@@ -293,17 +321,22 @@ def estimate(
     steps: int = 3,  # measured steps of each kind
 ) -> str:
     """One line for each run with the time that its training will take here, from measured steps, on a GPU its peak
-    memory, and a total. Starting models that are missing are counted."""
+    memory, and a total. Starting models that are missing are counted; evaluation and proposals have lines of their
+    own. Measured on two images of each set; nothing is kept. Runs of no more than `steps` iterations are not measured."""
     runs = runs_folder(runs)
     every = {one.training_key: one for e in experiments for one in (e.start, e) if one and one.method != OFFICIAL}
     needed = {key: one for key, one in every.items() if find_adapter(one, runs) is None}
-    cost, lines, total = {}, [], 0.0
+    cost, lines, total, more = {}, [], 0.0, {}
     for one in needed.values():
+        if one.training["iterations"] <= steps:
+            lines.append(f"{one}: as short as what would be measured")
+            continue
         config = one.config()
         kind = json.dumps([config[k] for k in ("method", "model", "data", "adaptation")]), one.training["batch_size"]
         if kind not in cost:
             torch.manual_seed(0)
-            objective = objective_of(one, create_segmenter(**one.model), data_root, runs)
+            objective = objective_of(one, create_segmenter(**one.model), data_root, runs, few=2)
+            more |= _besides_training(one, objective, data_root)
             for count in (1, steps):  # the first is the slowest, and not counted
                 cost[kind] = fit(objective, **one.training | dict(iterations=count, warmup=0), progress="none")
         each, memory = cost[kind]["seconds_per_iteration"], cost[kind]["peak_memory"]
@@ -313,7 +346,7 @@ def estimate(
         lines.append(f"{one}: {each:.2f} s an iteration, about {duration(seconds)}{peak}")
     only = len(experiments) - sum(e.training_key in needed for e in experiments)
     rest = f"; trained already, and only to be evaluated: {only}" if only else ""
-    return "\n".join([*lines, f"in total about {duration(total)} of training here{rest}"])
+    return "\n".join([*lines, f"in total about {duration(total)} of training here{rest}", *more.values()])
 
 
 def schedule(hours: list[float], gpus: int) -> float:

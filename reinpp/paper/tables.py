@@ -251,7 +251,7 @@ def what_would_fit(experiment: Experiment) -> str:
     model, batch = experiment.model, experiment.training["batch_size"]
     hold, trained = model.get("backbone_args", {}).get("hold", "fp32"), model["adapter"] == "full"
     ways = ["bf16 weights (backbone_args hold='bf16'; comparable)"] * (hold == "fp32" and not trained)
-    ways += ["recomputing the backbone's blocks (checkpointing; the same result)"]
+    ways += ["the backbone's blocks computed twice (checkpointing=True; the same result)"]
     ways += ["4-bit weights (hold='int4'; other features, say so beside the number)"] * (hold != "int4" and not trained)
     ways += [f"{batch} GPUs with torchrun (the same batch; comparable)",
         f"a batch of {batch // 2} (another run; not comparable)"] if batch > 1 else []
