@@ -1,6 +1,7 @@
 # make demo   ten minutes on a CPU: Rein-G, then Rein-A, on embedded scenes
 # make test   clean and export leave the tree unchanged, the notebooks run, pytest passes
 # make style the code's one hand, by ruff
+# make rehearsal  every run and page of the paper preset on generated data with reduced models (an hour on two cores)
 # make proofs what takes longer: equations broken on purpose, random kills, flipped bits (half an hour)
 # make lab    JupyterLab
 # make docs   the site in _docs/html/: notebooks, guides, API
@@ -20,7 +21,7 @@ ACTIVE    := PATH="$(BIN):$$PATH"
 # Python 3.11 to 3.13 that can make a virtual environment
 SUITABLE  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test style lab docs readme clean proofs
+.PHONY: help demo test style lab docs readme clean proofs rehearsal
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -46,6 +47,10 @@ style: $(INSTALLED)
 
 proofs: $(INSTALLED)
 	@$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -q tests/proofs/proof_*.py
+
+rehearsal: $(INSTALLED)
+	@rm -rf $(RUNS)/rehearsal
+	@$(ACTIVE) OMP_NUM_THREADS=1 python tests/rehearsal.py
 
 lab: $(INSTALLED)
 	@$(ACTIVE) jupyter lab

@@ -75,7 +75,8 @@ def _check_numbers(task: Task) -> None:
         value = getattr(task, name)
         if value is None and name != "seed": continue
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}={value!r}: use a whole number from {low} up{'' if name == 'seed' else ', or None'}")
+            none = "" if name == "seed" else ", or None"
+            raise ValueError(f"{name}={value!r}: use a whole number from {low} up{none}")
     check_choice("preset", task.preset, (None, *PRESETS))
     check_choice("engine", task.engine, (None, *ENGINES))
     if not isinstance(task.options, dict):

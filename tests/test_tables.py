@@ -203,6 +203,7 @@ def few_scenes(tmp_path, monkeypatch):
     (tmp_path / "data" / "weights" / "tiny.safetensors").touch()  # the preflight only looks whether it is there
     for room in (experiments, runs, tables):
         monkeypatch.setattr(room, "data_folder", lambda: tmp_path / "data")
+    monkeypatch.setenv("REINPP_RUNS", str(tmp_path / "data" / "runs"))
     return dict(results=str(tmp_path / "results"), run_missing=True, limit_iterations=2)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'ONE_HEAD', 'METHODS', 'SETTINGS', 'TARGETS_9', 'LADDER', 'STYLES', 'RUNS_3', 'MODELS_2', 'ALPHAS',
-           'BETAS', 'ALL', 'UPPER', 'KINDS', 'RULES', 'Table', 'printed', 'tables', 'Cell', 'cells']
+           'BETAS', 'ALL', 'RELEASED', 'UPPER', 'KINDS', 'RULES', 'Table', 'printed', 'tables', 'Cell', 'cells']
 
 # %% ../../nbs/56_cells.ipynb #d62addcf
 import csv
@@ -14,6 +14,7 @@ import re
 from ..data.cityscapes_c import CORRUPTIONS
 from ..files import check_choice, data_folder
 from ..labels import CLASSES
+from .experiments import OF_PAPER, OFFICIAL
 
 # %% ../../nbs/56_cells.ipynb #5961e117
 BACKBONES = {  # name here -> name in Tables I and IX, in Table II, in the others
@@ -39,7 +40,11 @@ class Table:
 
     def rows(self, preset: str) -> dict:
         "Label -> arguments of `plan`."
-        return self.paper if preset == "paper" else self.more.get(preset, self.small)
+        return self.paper if preset in OF_PAPER else self.more.get(preset, self.small)
+
+    def about(self, preset: str) -> list:
+        "Short names of the targets that rows which adapt are about; empty: all of the preset."
+        return self.targets.get("paper" if preset in OF_PAPER else preset, [])
 
 
 METHODS = {"Full": "full", "Freeze": "freeze", "+ BitFit": "bitfit", "+ LoRA": "lora", "+ AdaptFormer": "adaptformer",
@@ -120,6 +125,7 @@ ALPHAS = {"0.1": 0.1, "1": 1.0, "10": 10.0}
 BETAS = {"10^-1": 0.1, "10^-0.5": 10**-0.5, "10^0": 1.0, "10^0.5": 10**0.5, "10^1": 10.0}
 _FIVE = {"Freeze": "freeze", "Full": "full", "Rein-G": "rein_g", "control": "control", "Rein-A": "rein_a"}
 ALL = ("citys", "bdd", "map")
+RELEASED = "released checkpoint"
 UPPER = "upper bound: perfect masks"  # the row whose proposals are the scene generator's own objects
 
 
@@ -154,7 +160,9 @@ def _generalization():
         "table3": Table(_paper_3(), {name.removeprefix("+ "): RUNS_3[name] for name in dict.fromkeys(
             row["row"] for row in printed("table3"))}, {}, ("Rein-G", "LoRA"), base="Rein-G"),
         "table4": Table(
-            {"Rein-G": one_head | dict(setting="cityscapes 1024")},
+            {f"{label}{part}": run | dict(setting=setting) for label, run in (
+                ("Rein-G", one_head), (RELEASED, one_head | dict(method=OFFICIAL)))
+                for part, setting in (("", "cityscapes 1024"), (", Cityscapes-C", "cityscapes-c 1024"))},
             {"Rein-G": five["Rein-G"], "Rein (one head, no GELU)": one_head}, base="Rein-G"),
         "table5": Table(ladder, ladder, {}, ("+ GELU", "+ Rein-core")),
         "table6": Table(_rein("rank", (4, 8, 16, 32, 64), 16), _rein("rank", (2, 4, 8, 16), 8), {},
@@ -242,7 +250,7 @@ class Cell:
     targets: tuple = ()  # short names that `metric` is averaged over
     metric: str = "miou"
     server: str = ""  # whose answer it is, with the part of the test set behind a colon
-    official: bool = False  # the authors' released checkpoint gives it, too
+    official: str = ""  # label of the row that gives it through the authors' released checkpoint
 
 
 def _targets(column, setting=None):
@@ -285,11 +293,11 @@ def _rule_4(row, column, rows):
     "ACDC's server answers for all images and for each condition; Cityscapes-C is made from Cityscapes."
     if row["method"] == "HGFormer": return dict(kind="quoted")
     group, _, part = column.partition(": ")
-    ours = dict(label="Rein-G", official=True)
-    if group == "ACDC (test)": return dict(kind="server", server=f"acdc:{part.lower()}", **ours)
+    if group == "ACDC (test)":
+        return dict(kind="server", server=f"acdc:{part.lower()}", label="Rein-G", official=RELEASED, targets=("acdc",))
     corruptions = [c for c in printed("table4")[0] if c.startswith(group) and not c.endswith("Avg.")]
-    which = "mean" if part == "Avg." else CORRUPTIONS[corruptions.index(column)]
-    return dict(kind="run", metric=f"cityscapes_c:{which}", **ours)
+    which = CORRUPTIONS if part == "Avg." else (CORRUPTIONS[corruptions.index(column)],)
+    return dict(kind="run", label="Rein-G, Cityscapes-C", official=f"{RELEASED}, Cityscapes-C", targets=which)
 
 
 def _rule_5(row, column, rows):

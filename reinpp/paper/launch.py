@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import check_choice, data_folder, duration, write_atomically
+from ..files import check_choice, duration, runs_folder, write_atomically
 from .experiments import Experiment, Ledger
 from .runs import find_adapter, run
-from .tables import reason_of
+from .tables import lacking, reason_of
 from ..training.run_folder import process_exists
 
 # %% ../../nbs/58_launch.ipynb #58a00006
@@ -108,17 +108,21 @@ def work(
     **options,  # of `fit`: workers, device, precision, progress
 ) -> dict[str, str]:  # key -> reason, of the runs that failed here or elsewhere meanwhile
     "Make the records that are missing, beside other processes that do the same: each run is made by one of them."
-    ledger, runs = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs"
-    experiments, began, failed = list(experiments), time.time(), {}
+    ledger, runs = ledger or Ledger(), runs_folder(runs)
+    experiments, began = list(experiments), time.time()
     wanted, order = {e.key for e in experiments}, in_order(experiments)
+    lacks = {e.key: "; ".join(lacking(e, data_root, runs, ledger.folder)) for e in order
+        if not is_made(e, wanted, ledger, runs)}
+    failed = {key: why for key, why in lacks.items() if why}
     while True:
         missing = [e for e in order if e.key not in failed and not is_made(e, wanted, ledger, runs)]
         for e in missing:
-            why = failed.get(e.start.key) if e.start else None
+            closed = e.start is not None and bool(lacks.get(e.start.key))  # then it is trained with what starts from it
+            why = failed.get(e.start.key) if e.start and not closed else None
             who = last_lease(_leases(runs), e.key)[1] or {}
             if why or (who.get("failed") and who["left"] > began):
                 failed[e.key] = f"its source model failed: {why}" if why else who["failed"]
-            elif e.start is None or find_adapter(e.start, runs) is not None:
+            elif e.start is None or closed or find_adapter(e.start, runs) is not None:
                 if _make_one(e, ledger, runs, data_root, failed, **options): break
         else:
             if not [e for e in missing if e.key not in failed]: return failed
@@ -132,7 +136,7 @@ def _make_one(e, ledger, runs, data_root, failed, **options):
     try:
         with lease: run(e, ledger, runs, data_root, **options)
     except Exception as error:
-        failed[e.key] = reason_of(error)
+        failed[e.key] = reason_of(error, e)
         print(f"{e}: failed: {failed[e.key]}", flush=True)
     return True
 
@@ -212,7 +216,7 @@ def submit(
         import submitit
     except ImportError:
         raise ImportError("launcher='slurm' needs submitit: pip install 'reinpp[cluster]'") from None
-    ledger, runs = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs"
+    ledger, runs = ledger or Ledger(), runs_folder(runs)
     experiments = list(experiments)
     wanted = {e.key for e in experiments}
     missing = [e for e in in_order(experiments) if not is_made(e, wanted, ledger, runs)]
@@ -248,7 +252,7 @@ def status(
     runs: str | Path | None = None,  # None: `data/runs`
 ) -> pd.DataFrame:  # run, state (done, running, failed, waiting, missing), and what there is to say
     "One line for each run, and for each source model that one waits for."
-    ledger, runs = ledger or Ledger(), Path(runs) if runs else data_folder() / "runs"
+    ledger, runs = ledger or Ledger(), runs_folder(runs)
     experiments, lines = list(experiments), []
     wanted = {e.key for e in experiments}
     for e in in_order(experiments):

@@ -263,18 +263,25 @@ def paper_table(number: int) -> pd.DataFrame:
     return pd.read_csv(file, keep_default_na=False)
 
 # %% ../../nbs/53_report.ipynb #7b15fe14
+def _ours(preset, row, several, ledger):
+    "Fractions by seed: of a run (arguments of `plan`) the mean over its targets; as given; of words none."
+    if not isinstance(row, dict): return row if isinstance(row, list) else []
+    p = PRESETS[preset]
+    targets = p.settings.get(row.get("setting"), {}).get("targets", p.targets)
+    by_seed = [_miou(found(preset, row, t, ledger), targets[t][1]) for t in several]
+    return [statistics.fmean(one[s] for one in by_seed) for s in sorted(set.intersection(*map(set, by_seed)))]
+
+
 def beside(
-    cells: list[tuple],  # (name, printed number, arguments of `plan` or words, target or tuple of targets)
+    cells: list[tuple],  # (name, printed number, what stands for it, target or tuple of targets): see `_ours`
     ledger: Ledger | None = None,
+    preset: str = "paper",  # one of `OF_PAPER`
 ) -> pd.DataFrame:  # paper | ours | difference | n | status
     "Printed numbers and the paper preset's own, per cent; nothing else fills the column `ours`."
     table = []
     for name, printed, row, target in cells:
-        reason, row = (row, {}) if isinstance(row, str) else ("not run: needs the datasets and a GPU", row)
-        targets = PRESETS["paper"].settings.get(row.get("setting"), {}).get("targets", PRESETS["paper"].targets)
-        several = target if isinstance(target, tuple) else (target,)
-        by_seed = [_miou(found("paper", row, t, ledger), targets[t][1]) if row else {} for t in several]
-        values = [statistics.fmean(one[s] for one in by_seed) for s in sorted(set.intersection(*map(set, by_seed)))]
+        reason = row if isinstance(row, str) else "not run: needs the datasets and a GPU"
+        values = _ours(preset, row, target if isinstance(target, tuple) else (target,), ledger)
         number = pd.to_numeric(printed, errors="coerce")
         gain = f"{100 * statistics.fmean(values) - number:+.1f}" if values and not math.isnan(number) else "–"
         table.append({"row": name, "paper": printed, "ours": in_percent(values), "difference": gain,
@@ -286,11 +293,12 @@ def beside_wide(
     lines: dict,  # row -> (its printed numbers by column, arguments of `plan` or words)
     columns: dict,  # printed column -> target or tuple of targets
     ledger: Ledger | None = None,
+    preset: str = "paper",  # one of `OF_PAPER`
 ) -> tuple[pd.DataFrame, list[str]]:  # the table; what `status`, one word a row, stands for
     "`beside` for a wide table: paper, ours and difference of each column side by side."
     table, reasons = {}, set()
     for name, (printed, row) in lines.items():
-        part = beside([(column, printed[column], row, target) for column, target in columns.items()], ledger)
+        part = beside([(column, printed[column], row, target) for column, target in columns.items()], ledger, preset)
         table[name] = {(c, what): part.loc[c, what] for c in columns for what in ("paper", "ours", "difference")}
         table[name] |= {("n", ""): part.n.min(), ("status", ""): part.status.iloc[0].partition(":")[0]}
         reasons |= {status for status in part.status if ":" in status}
