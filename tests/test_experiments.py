@@ -67,6 +67,16 @@ def test_records_do_not_depend_on_what_ran_before(tmp_path):
     assert a["metrics"] == b["metrics"] and a["training"]["loss_last_1000"] == b["training"]["loss_last_1000"]
 
 
+def test_the_environment_names_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("REINPP_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("REINPP_DATA_ROOT", str(tmp_path / "sets"))
+    assert Ledger().folder == tmp_path / "results" and Ledger(tmp_path).folder == tmp_path
+    with pytest.raises(FileNotFoundError, match="camvid: no folder .*sets"):
+        experiments.open_domain("camvid:day_val")
+    with pytest.raises(FileNotFoundError, match="camvid: no folder .*other"):
+        experiments.open_domain("camvid:day_val", tmp_path / "other")
+
+
 def test_an_engine_without_its_checkpoint_stops_before_anything_trains(tmp_path, monkeypatch):
     e = small("rein_a", "night")
     e = dataclasses.replace(e, adaptation=e.adaptation | dict(engine="sam2"))

@@ -6,6 +6,7 @@
 __all__ = ['DATASETS', 'Part', 'OnDisk', 'CamVid', 'CityscapesC', 'IddLite', 'open_folder', 'open_dataset']
 
 # %% ../../nbs/15_catalog.ipynb #57fe4c26
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,11 @@ class OnDisk:
 # %% ../../nbs/15_catalog.ipynb #2c9e1b03
 @patch
 def find(self: OnDisk, root: str | Path | None = None) -> Path:
-    """The set's folder: under `root` (default: `data/` of the checkout) by one of its names, or `root` itself.
+    """The set's folder: by one of its names in `root` (None: what REINPP_DATA_ROOT names, or data/), or `root` itself.
 
     FileNotFoundError that says where it is expected and can be had; ValueError for the folder of another dataset."""
-    base = Path(data_folder() if root is None else root)
+    root = os.environ.get("REINPP_DATA_ROOT") if root is None else root
+    base = Path(root or data_folder())
     places = [base / f for f in self.folders]
     for place in places + [base] * (root is not None):
         if place.is_dir() and self.fits(place): return place

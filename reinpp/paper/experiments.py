@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'OFFICIAL', 'METHOD_VERSION', 'EVALUATION_VERSION', 'OF_PA
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from ..data.catalog import open_dataset
@@ -309,10 +310,10 @@ def _read_record(path) -> dict:
 
 
 class Ledger:
-    "The records under one folder, `data/results` if none is named."
+    "The records under one folder: the one named, or what REINPP_RESULTS names, or data/results."
 
     def __init__(self, folder: str | Path | None = None):
-        self.folder = Path(folder) if folder else data_folder() / "results"
+        self.folder = Path(folder or os.environ.get("REINPP_RESULTS") or data_folder() / "results")
 
     def path(self, experiment: Experiment) -> Path:
         "Where the record of a run is, or would be."

@@ -34,13 +34,14 @@ def arithmetic(
     precision: str,  # bf16, tf32 or float32
     device: torch.device,
 ):
-    """Within this context matrix products and convolutions of float32 run in a precision; bf16 is a `Job`'s autocast.
+    """Within this context matrix products and convolutions of float32 run in a precision; bf16 is a `Job`'s autocast,
+    beside which the rest is TF32, as in `fit`.
 
     Everything is as before afterwards. Raises ValueError for another precision."""
     check_choice("precision", precision, ("bf16", "tf32", "float32"))
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
     try:
         yield
     finally:
