@@ -3,6 +3,7 @@
 # make style the code's one hand, by ruff
 # make rehearsal  every run and page of the paper preset on generated data with reduced models (an hour on two cores)
 # make proofs what takes longer: equations broken on purpose, random kills, flipped bits (half an hour)
+# make browser JupyterLab and the site in a Chromium, as a person uses them (a quarter of an hour)
 # make lab    JupyterLab
 # make docs   the site in _docs/html/: notebooks, guides, API
 # make readme README.md from nbs/index.ipynb
@@ -21,7 +22,7 @@ ACTIVE    := PATH="$(BIN):$$PATH"
 # Python 3.11 to 3.13 that can make a virtual environment
 SUITABLE  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test style lab docs readme clean proofs rehearsal
+.PHONY: help demo test style lab docs readme clean proofs rehearsal browser
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -51,6 +52,13 @@ proofs: $(INSTALLED)
 rehearsal: $(INSTALLED)
 	@rm -rf $(RUNS)/rehearsal
 	@$(ACTIVE) OMP_NUM_THREADS=1 python tests/rehearsal.py
+
+# Takes a browser that is there; Playwright fetches one otherwise. REINPP_PICTURES names a folder for what was seen.
+browser: $(INSTALLED)
+	@.venv/bin/python -m pip install --quiet --editable '.[dev,browser]' --constraint constraints.txt
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && break; done || \
+	    .venv/bin/python -m playwright install chromium
+	@$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -q -p no:playwright tests/browser/browser_*.py
 
 lab: $(INSTALLED)
 	@$(ACTIVE) jupyter lab

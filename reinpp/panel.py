@@ -124,7 +124,7 @@ def _controls(explorer: Explorer) -> dict:
         domain=w.Dropdown(options=places, value=state.domain, description="domain"),
         adapter=w.Dropdown(options=names, value=state.adapter, description="adapter"),
         other=w.Dropdown(options=[("(none)", ""), *((n, n) for n in names)], value=state.other, description="beside"),
-        layer=w.ToggleButtons(options=LAYERS, value=state.layer, style=dict(button_width="92px")),
+        layer=w.ToggleButtons(options=LAYERS, value=state.layer, style=dict(button_width="auto")),
         opacity=slider("opacity", state.opacity, 1.0, w.FloatSlider, step=0.05),
         tau=slider("τ", state.tau, 1.0, w.FloatSlider, step=0.004, readout_format=".3f"),
         block=slider("block", range(blocks)[state.block], blocks - 1),

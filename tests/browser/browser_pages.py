@@ -14,8 +14,8 @@ WIDER = """() => {
     if (e.closest("mjx-container") || !wide(e)) continue;
     let box = e;
     while (box.tagName !== "ARTICLE" && !scrolls(box)) box = box.parentElement;
-    const cut = box.tagName === "ARTICLE", text = e.tagName === "PRE";
-    if (cut || text) found.push(`${e.tagName} ${e.scrollWidth} > ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`);
+    if (box.tagName !== "ARTICLE" && e.tagName !== "PRE") continue;
+    found.push(`${e.tagName} ${e.scrollWidth} > ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`);
   }
   const page = document.documentElement;
   if (page.scrollWidth > page.clientWidth) found.push(`the page itself: ${page.scrollWidth} > ${page.clientWidth}`);
@@ -26,8 +26,8 @@ WIDER = """() => {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-c", "docs", "-d", folder / "doctrees", ".", folder / "html"],
-        cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "sphinx", "-q", "-c", "docs", "-d", folder / "doctrees", ".", folder / "html"]
+    subprocess.run(command, cwd=ROOT, check=True)
     return folder / "html"
 
 

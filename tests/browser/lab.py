@@ -84,7 +84,7 @@ class Lab:
         for c in notebook.cells:  # what is seen is made now
             if c.cell_type == "code": c.update(outputs=[], execution_count=None)
         nbformat.write(notebook, self.folder / f"{name}.ipynb")
-        return f"{self.url}/lab/tree/{name}.ipynb?token={self.token}"
+        return f"{self.url}/lab/tree/{name}.ipynb?token={self.token}&reset"
 
 
 class Notebook:
