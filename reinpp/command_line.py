@@ -161,6 +161,7 @@ def _doctor(a: argparse.Namespace) -> int:
     print(f"not here   {', '.join(absent) or 'nothing'}")
     memory = file_size(report["memory"]) if report["memory"] else "unknown"
     gpus = ", ".join(f"{g['name']} with {file_size(g['memory'])}" for g in report["gpus"])
+    print(f"data       {report['data']}")
     print(f"device     {report['device']}; {memory} of memory; GPUs: {gpus or 'none'}")
     for name, cache in report["caches"].items():
         print(f"cache      {name}: {file_size(cache['bytes'])}")

@@ -85,10 +85,24 @@ def test_environment_has_the_same_pins(constraints, requirements):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = environment["dependencies"][-1]["pip"]
     assert {"-c constraints.txt", "-e .[dev]"} <= set(pip)
-    assert pins(pip) == {name: constraints[name] for name in requirements}
+    assert pins(pip) == {name: constraints[name] for name in (*requirements, "sam2")}
+    for line in pip:  # one call of pip installs them all: nothing but requirements and what a requirements file may say
+        assert line in ("-c constraints.txt", "-e .[dev]") or Requirement(line).specifier, line
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = next(text for text in environment["dependencies"] if str(text).startswith("python"))
     assert python.removeprefix("python") == project["requires-python"]
+
+
+def test_extras_are_a_part_of_dev(requirements):
+    """Few hard dependencies; what `.[dev]` installs holds every extra but those whose own requirements fight."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert {"notebooks", "onnx", "quantize", "video", "sam", "cluster", "docs"} <= set(extras)
+    hard = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    for name, texts in extras.items():
+        for one in map(Requirement, texts if name not in ("sam", "corruptions") else ()):
+            assert str(requirements[canonicalize_name(one.name)].specifier) == str(one.specifier), f"{name}: {one}"
+            assert name == "dev" or canonicalize_name(one.name) not in hard, f"{name}: {one} is installed anyway"
 
 
 def test_settings_pin_nbdev_and_its_companions(constraints, requirements):

@@ -83,7 +83,7 @@ def examine(data_root: str | Path | None = None) -> dict:
         "torch": Path(torch.hub.get_dir())}.items() if folder.is_dir()}
     return dict(
         versions=versions() | {p: _version(p) for p in _EXTRAS}, commit=commit(), device=device_name(),
-        gpus=[dict(name=g.name, memory=g.total_memory) for g in gpus],
+        data=str(data_folder()), gpus=[dict(name=g.name, memory=g.total_memory) for g in gpus],
         memory=page * os.sysconf("SC_PHYS_PAGES") if page else None,
         caches={name: dict(folder=str(folder), bytes=_folder_size(folder)) for name, folder in caches.items()},
         datasets=found, presets={name: what_lacks(name, data_root) for name in PRESETS})
