@@ -87,6 +87,9 @@ def create_segmenter(
     backbone_args: dict = {},  # further ones of `create_backbone`, e.g. dict(hold="bf16")
 ) -> Segmenter:
     "Frozen backbone + adapter + head, in eval mode. Raises `ValueError` for what is unknown or does not fit."
+    if not isinstance(backbone, str):
+        raise ValueError(f"backbone is a {type(backbone).__name__}: give a name, a key of BACKBONES or timm's; Rein-G "
+                         "on a model that is there already is ReinG(**sizes_of(model)).attach(model)")
     check_choice("adapter", adapter, ADAPTERS)
     check_choice("head", head, HEADS)
     check_choice("normalization", normalization, ("own", "imagenet"))
