@@ -32,7 +32,21 @@ __all__ = list(_HOME)
 def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module 'reinpp' has no attribute {name!r}")
-    return getattr(_import_module(f"reinpp.{_HOME[name]}"), name)
+    value = getattr(_import_module(f"reinpp.{_HOME[name]}"), name)
+    if callable(value) and _PARAMETERS not in (value.__doc__ or ""): value.__doc__ = _explained(value)
+    return value
+
+
+_PARAMETERS = "\n\nParameters:\n"
+
+
+def _explained(value):
+    "The docstring with what the comments say of parameters and of what comes back, so that `help` shows them."
+    from fastcore.docments import docments
+    said = docments(value, full=True)
+    lines = [f"    {'returns' if name == 'return' else name}: {' '.join(part.docment.split())}"
+             for name, part in said.items() if part.docment]
+    return (value.__doc__ or "") + (_PARAMETERS + "\n".join(lines) if lines else "")
 
 
 def __dir__():

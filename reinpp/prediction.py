@@ -164,8 +164,12 @@ def device_of(a: argparse.Namespace) -> str:
 
 
 def _segmenter(a: argparse.Namespace) -> Segmenter:
-    "The adapter that was named, on the device that was named."
-    return load_segmenter(a.adapter).to(device_of(a))
+    "The adapter that was named, on the device that was named. ValueError where its classes have no such values."
+    made = load_segmenter(a.adapter).to(device_of(a))
+    if a.values == "ids" and made.num_classes != len(CLASSES):
+        raise ValueError(f"--values ids are those of Cityscapes' {len(CLASSES)} classes, and {a.adapter} has "
+                         f"{made.num_classes}: use trainids")
+    return made
 
 
 def use_of(
@@ -231,9 +235,6 @@ def predict(a: argparse.Namespace) -> int:
     if place.suffix.lower() in VIDEO_SUFFIXES: return predict_video(place, out, a)
     files, segmenter = _found(place), _segmenter(a)
     use = use_of(segmenter, a)
-    if a.values == "ids" and segmenter.num_classes != len(CLASSES):
-        raise ValueError(f"--values ids are those of Cityscapes' {len(CLASSES)} classes, and {a.adapter} has "
-                         f"{segmenter.num_classes}: use trainids")
     done, wrong, pictures = {}, 0, []
     for path in files:
         try:

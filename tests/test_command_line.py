@@ -183,7 +183,7 @@ def test_wrong_commands_are_one_line(arguments, capsys):
     assert "--help says more" in fails(capsys, *arguments)
 
 
-def test_a_clip_comes_back_with_its_labels_painted(tmp_path, capsys):
+def test_a_clip_comes_back_with_its_labels_painted(tmp_path, capsys, monkeypatch):
     av = pytest.importorskip("av", reason="needs PyAV: pip install 'reinpp[video]'")
     clip, adapter = tmp_path / "clip.mp4", load_segmenter(ADAPTER)
     with av.open(str(clip), "w") as sink:
@@ -204,5 +204,7 @@ def test_a_clip_comes_back_with_its_labels_painted(tmp_path, capsys):
     image = torch.from_numpy(frames[2].copy()).permute(2, 0, 1)[None] / 255
     label = adapter.predict(image, adapter.config["image_size"])[0].argmax(0)
     assert (np.asarray(Image.open(labels[2])) == label.numpy()).all()
+    monkeypatch.setattr(prediction, "load_segmenter", lambda folder: tiny_segmenter(num_classes=3))
+    assert "use trainids" in fails(capsys, "predict", clip, *made, "--values", "ids")
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     assert "bad.mp4" in fails(capsys, "predict", tmp_path / "bad.mp4", "--adapter", ADAPTER, "--out", tmp_path)

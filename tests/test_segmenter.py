@@ -400,6 +400,12 @@ def test_create_segmenter_refuses(wrong, says):
         create_segmenter("tiny", pretrained=False, **dict(image_size=64) | wrong)
 
 
+def test_a_module_for_a_backbone_is_one_clear_line():
+    with pytest.raises(ValueError, match=r"^backbone is a Linear: give a name.*ReinG\(") as told:
+        create_segmenter(torch.nn.Linear(1, 1))
+    assert "\n" not in str(told.value)
+
+
 # ---------------------------------------------------------------- the Hub, without a network
 
 @pytest.fixture

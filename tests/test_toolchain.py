@@ -286,6 +286,21 @@ assert set(reinpp.__all__) <= set(names)
 """)
 
 
+def test_help_shows_parameters_and_what_comes_back():
+    """Of every public function and class, beside its docstring: what the comments in its signature say."""
+    python("""
+import inspect, pydoc, reinpp
+def shown(name): return pydoc.plain(pydoc.render_doc(getattr(reinpp, name)))
+assert "num_classes: K" in shown("create_segmenter") and "image_size: of the training" in shown("create_segmenter")
+assert "returns: the run's record" in shown("fit") and shown("fit").count("Parameters:") == 1 == shown("fit").count(
+    "returns:")
+assert "source: labelled" in shown("ReinA") and "iterations" in shown("fit")
+for name in reinpp.__all__:
+    value = getattr(reinpp, name)
+    if inspect.isfunction(value): assert value.__doc__ and "Parameters:" in shown(name), name
+""")
+
+
 def test_export_keeps_the_public_names(tmp_path):
     """nbdev_export writes the version into __init__.py and leaves the rest alone."""
     (tmp_path / "nbs").mkdir()

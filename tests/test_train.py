@@ -137,8 +137,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert toy.seen == [] and record["finished"]
 
 
-@pytest.mark.parametrize(
-"wrong", [dict(iterations=0), dict(batch_size=0), dict(precision="half"), dict(progress="loud")])
+@pytest.mark.parametrize("wrong", [
+    dict(iterations=0), dict(iterations="ten"), dict(iterations=2.5), dict(batch_size=True), dict(batch_size=0),
+    dict(precision="half"), dict(progress="loud")])
 def test_wrong_settings(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         fit(Toy(), **dict(iterations=1, batch_size=1) | wrong)
@@ -388,3 +389,10 @@ def test_adapt_each_gives_the_start_back_after_an_error(day, night, tmp_path):
         adapt_each(segmenter, dict(one=night), lambda s, target: adapts(s, day, target, tau=1.1, patience=3), tmp_path,
             **GO)
     assert segmenter.adapter.scale.item() == scale
+
+
+def test_the_stop_button_leaves_one_line_in_a_notebook(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+    line = "stopped by SIGINT after iteration 3 of 9; call fit again to go on"
+    InteractiveShell().run_cell(f"from reinpp.training.run_folder import Stopped\nraise Stopped({line!r})")
+    assert "".join(capsys.readouterr()).strip().splitlines() == [line]

@@ -88,6 +88,9 @@ def create_segmenter(
     checkpointing: bool = False,  # see `set_grad_checkpointing`; no part of `config`
 ) -> Segmenter:
     "Frozen backbone + adapter + head, in eval mode. Raises `ValueError` for what is unknown or does not fit."
+    if not isinstance(backbone, str):
+        raise ValueError(f"backbone is a {type(backbone).__name__}: give a name, a key of BACKBONES or timm's; Rein-G "
+                         "on a model that is there already is ReinG(**sizes_of(model)).attach(model)")
     check_choice("adapter", adapter, ADAPTERS)
     check_choice("head", head, HEADS)
     check_choice("normalization", normalization, ("own", "imagenet"))

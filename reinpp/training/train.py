@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ def _check_settings(objective, iterations, batch_size, run_dir, precision, pictu
     "Nothing comes back. Raises ValueError for what `fit` cannot do."
     check_choice("precision", precision, ("auto", "bf16", "float32"))
     check_choice("progress", progress, PROGRESS)
+    for name, value in dict(iterations=iterations, batch_size=batch_size).items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name}={value!r}: use a whole number from 1 up")
     if iterations < 1 or batch_size < 1:
         raise ValueError(f"iterations={iterations}, batch_size={batch_size}: both must be at least 1")
     if pictures_every is not None and (pictures_every < 1 or not run_dir or not hasattr(objective, "picture")):
