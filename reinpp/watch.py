@@ -86,6 +86,7 @@ class Watch:
         folder: str | Path,  # `run_dir` of a `fit`
         start: Callable | None = None,  # called by the button *start*, in a thread: `lambda: fit(...)`
         every: float = 2,  # seconds from one look to the next
+        buttons: bool = True,  # False where the notebook itself trains: while a cell runs, no button is heard
     ):
         import ipywidgets as w
         self.folder, self.start, self.every, self.seen = Path(folder), start, every, None
@@ -95,7 +96,8 @@ class Watch:
         self.start_button = w.Button(description="start", icon="play", disabled=start is None)
         self.stop_button.on_click(lambda _: self.stop())
         self.start_button.on_click(lambda _: self.go())
-        self.box = w.VBox([self.text, w.HBox([self.start_button, self.stop_button]), self.image])
+        row = w.HBox([self.start_button, self.stop_button] if buttons else [])
+        self.box = w.VBox([self.text, row, self.image])
         self.look()
         threading.Thread(target=self._follow, daemon=True).start()
 

@@ -111,10 +111,15 @@ class Notebook:
                 self.page.wait_for_timeout(500)
         pytest.fail("no cell was run")
 
+    def interrupt(self) -> None:
+        "Kernel > Interrupt Kernel, as the toolbar's stop button."
+        self.page.get_by_role("menuitem", name="Kernel", exact=True).click()
+        self.page.get_by_role("menuitem", name="Interrupt Kernel").click()
+
     def finish(self, seconds: float = 300) -> None:
         "Wait until no cell is waiting or at work. Fails where one ended in an error."
         self.page.wait_for_function(
             "p => ![...document.querySelectorAll(p)].some(e => e.textContent.includes('*'))", arg=PROMPTS,
             timeout=seconds * 1000)
-        errors = self.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+        errors = self.page.locator(".jp-OutputArea-output", has_text="Traceback (most recent").all_inner_texts()
         assert not errors, errors[0][-2000:]
