@@ -175,6 +175,7 @@ def _adaptation():
     rows_10 = {"Rein-A": rein_a, "w/o Rein-G": full} | {label: rein_a | {part: False} for label, part in parts.items()}
     rows_10 |= {"Rein-G (source)": rein_g, "control": control}
     perfect = {UPPER: rein_a | dict(engine="instances")}
+    options = {"stm_least 0": rein_a | dict(stm_least=0.0), "STM's queries": rein_a | dict(stm_queries=True)}
     rows_11 = {"with classical": rein_a | dict(engine="classical")}
     rows_11 |= {"without STM": rein_a | dict(use_stm=False), "Rein-G (source)": rein_g}
     sams = {"with SAM1": rein_a | dict(engine="sam1"), "with SAM2": rein_a | dict(engine="sam2")}
@@ -187,8 +188,8 @@ def _adaptation():
     return {
         "table9": Table(paper_9 | controls_9, rows_9, dict.fromkeys(controls_9, "control"),
             ("Rein-G (source)", "control (source only)", "Rein-A"), base="Rein-G (source)"),
-        "table10": Table(rows_10, rows_10 | perfect, {"Rein-G (source)": "start", "control": "control"},
-            ("Rein-A", "w/o Mstm"), about, "Rein-A", dict.fromkeys(photographs, rows_10)),
+        "table10": Table(rows_10, rows_10 | perfect | options, {"Rein-G (source)": "start", "control": "control"},
+            ("Rein-A", "w/o Mstm"), about, "Rein-A", dict.fromkeys(photographs, rows_10 | options)),
         "table11": Table(sams, perfect | rows_11 | sams, {}, ("with classical", "without STM"),
             about | dict(tiny=["night", "snow"]), more=dict.fromkeys(photographs, rows_11 | sams)),
         "table12": Table(rows_12, {"Rein-A": rein_a, "Full": full}, targets=about),
