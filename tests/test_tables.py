@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,3 +281,13 @@ def test_a_page_is_short(name):
         for line in source.splitlines() if line.strip()]
     print(name, len(lines))
     assert len(lines) <= 60
+
+
+def test_a_wide_table_is_small_and_a_narrow_one_as_it_was():
+    from reinpp.paper.report import mark_best, narrow
+    wide = pd.DataFrame({f"class {i}": [i + 0.5, float("nan")] for i in range(19)}, index=["a", "b"])
+    text = narrow(wide).to_html()
+    assert "vertical-rl" in text and ">18.5<" in text and "nan" not in text
+    few = wide[["class 1", "class 2"]]
+    assert narrow(few) is few
+    assert "vertical-rl" in narrow(mark_best(wide, ["class 1"])).to_html()
