@@ -322,7 +322,7 @@ def estimate(
 ) -> str:
     """One line for each run with the time that its training will take here, from measured steps, on a GPU its peak
     memory, and a total. Starting models that are missing are counted; evaluation and proposals have lines of their
-    own. Measured on two images of each set; nothing is kept. Runs of no more than `steps` iterations are not measured."""
+    own. Measured on two images of each set; nothing is kept. Runs of at most `steps` iterations are not measured."""
     runs = runs_folder(runs)
     every = {one.training_key: one for e in experiments for one in (e.start, e) if one and one.method != OFFICIAL}
     needed = {key: one for key, one in every.items() if find_adapter(one, runs) is None}
