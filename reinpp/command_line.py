@@ -171,6 +171,8 @@ def _doctor(a: argparse.Namespace) -> int:
         print(f"preset     {name}: " + ("ready" if not lacks else f"lacks {len(lacks)}"))
         for line in lacks:
             print(f"           - {line}")
+    for line, pages in report["rows"].items():
+        print(f"paper rows {sum(map(len, pages.values()))} of {', '.join(pages)} lack: {line}")
     return 0
 
 # %% ../nbs/61_command_line.ipynb #008a8cbc

@@ -39,8 +39,9 @@ def parts():
             yield name, split, folder, image, label, ids, highest
     acdc = {split.partition("/")[2]: row for (name, split), row in SETS.items() if name == "acdc"}
     for split, (folder, image, label, ids, highest, _) in acdc.items():
-        for condition in CONDITIONS:
-            own = [text and re.sub(r"\b(night|fog|rain)\b", condition, text) for text in (image, label)]
+        for n, condition in enumerate(CONDITIONS, 1):  # a frame's name occurs once in the whole set
+            own = [text and re.sub(r"\b(night|fog|rain)\b", condition, text).replace("frame_0", f"frame_{n}")
+                for text in (image, label)]
             yield "acdc", f"{condition}/{split}", folder, *own, ids, highest
 
 
@@ -58,7 +59,7 @@ def make_trees(root: Path, without: tuple = ()) -> None:
     for name, split, folder, image_name, label_name, _, highest in parts():
         if name in without: continue
         width, height = DATASETS[name].size or MAPILLARY
-        for k in range(FRAMES[split.rpartition("/")[2]]):
+        for k in range(1 if name == "acdc" else FRAMES[split.rpartition("/")[2]]):
             image, ids = draw(k, width, height, highest or 1)
             save(image, root / folder / image_name.format(k))
             if label_name is None: continue

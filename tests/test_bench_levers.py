@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from benchmarks.bench import save
@@ -139,7 +140,7 @@ def test_the_pages_show_the_record(page, row, ratio, tmp_path):
     assert first == len(sources) - 2
 
     def shown(folder):
-        names = dict(results=str(folder), Path=Path)
+        names = dict(results=str(folder), pd=pd)
         for source in sources[first:]:
             *_, last = source.strip().splitlines()
             exec(source, names)

@@ -122,7 +122,7 @@ class Job:
         segmenter = create_segmenter(**self.row.arguments)
         unused = open_dataset("scenes", "train", labels=False, count=1)  # a step is given its batch
         if what != "rein_a": return Generalize(segmenter, unused, None, num_points=sizes["num_points"])
-        options = {k: v for k, v in preset.adaptation.items() if k not in ("engine", "reduction", "stm")}
+        options = {k: v for k, v in preset.adaptation.items() if k not in ("engine", "engine_args", "reduction", "stm")}
         options |= dict(stm_warmup=0, stm_least=0.0, limit=sizes["limit"], patience=10**9)
         settings = Adaptation(rcs=False, num_points=sizes["num_points"], **options)
         return ReinA(segmenter, unused, unused, TrainTransform(crop=sizes["crop"]), unused, unused,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parameters_of', 'given', 'Opened', 'Shown', 'show_printed', 'value_of', 'besides', 'Page', 'count_rows', 'curve',
-           'save_figure', 'numbers']
+           'common_means', 'save_figure', 'numbers']
 
 # %% ../../nbs/57_page.ipynb #22733be3
 import ast
@@ -27,6 +27,7 @@ from reinpp.paper.report import (
     found,
     mark_best,
     narrow,
+    mean_spread,
     paper_table,
     verdicts,
 )
@@ -345,6 +346,22 @@ def curve(page: Shown, ax, values: list[int]) -> None:
     ax.set(xscale="log", xticks=values, xticklabels=values, xlim=(values[0] / 1.3, values[-1] * 1.3),
         title=f"measured here: {page.preset}, mean of {len(targets)} targets", ylabel="mIoU, %")
     ax.minorticks_off()
+
+
+def common_means(page: Shown, labels: list[str], targets: list[str]) -> dict:
+    """Label -> (mean, spread, seeds, iterations) of mIoU over the targets, per cent, over the seeds that all measured
+    rows have; None for a row that was not run, or has other seeds only."""
+    rows, by_seed = {label: page.records(label, targets[0]) if label in page.rows else [] for label in labels}, {}
+    for label, there in rows.items():
+        values = [{r["config"]["seed"]: 100 * r["metrics"][page.p.targets[t][1]]["miou"]
+            for r in page.records(label, t)} for t in targets if there]
+        seeds = set.intersection(*map(set, values)) if values else set()
+        by_seed[label] = {seed: sum(one[seed] for one in values) / len(targets) for seed in seeds}
+    common = set.intersection(*(set(values) for values in by_seed.values() if values), *[set(range(10))])
+    found_here = {label: mean_spread([v for seed, v in values.items() if seed in common])
+        for label, values in by_seed.items()}
+    return {label: (*of, rows[label][0]["config"]["training"]["iterations"]) if of[2] else None
+        for label, of in found_here.items()}
 
 
 def save_figure(page: Shown, fig, **options) -> None:

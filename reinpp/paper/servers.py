@@ -49,7 +49,7 @@ def write_archive(
     try:
         dataset = open_domain(f"{server}:test", data_root, labels=False)
     except (OSError, ValueError) as error:
-        return f"none: {str(error).splitlines()[0]}"
+        return "none: " + " ".join(str(error).split("\n  ")[:2])
     version = sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:8]
     kept = folder / f"{server}_{version}"
     todo = [i for i, name in enumerate(dataset.reader.names) if not (kept / "trainids" / f"{name}.png").exists()]
@@ -65,7 +65,7 @@ def _pack(server: str, kept: Path, dataset: Dataset, archive: Path, partial: boo
     try:
         made = write_submission(server, kept / "trainids", dataset, archive, partial)
     except ValueError as error:
-        return f"none: {str(error).splitlines()[0]}"
+        return "none: " + " ".join(str(error).split("\n  ")[:2])
     shutil.rmtree(kept)
     return f"{archive.name}, {made['images']} images"
 

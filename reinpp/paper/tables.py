@@ -163,7 +163,7 @@ def lacking_official(data_root: str | Path | None = None) -> list[str]:
     try:
         find_official(data_root)
     except FileNotFoundError as error:
-        return [str(error)]
+        return [str(error).replace(f"{data_folder().parent}/", "")]
     return []
 
 
@@ -172,6 +172,7 @@ def memory_needed(experiment: Experiment) -> float | None:
     size = experiment.model["backbone"].rpartition("_")[2].title()  # Large, Giant
     row = "Full" if experiment.model["adapter"] == "full" else "Rein"
     if experiment.model["backbone"] == "internvl_6b": return 96. if row == "Full" else 31.
+    if experiment.method == OFFICIAL: return None
     batch = str(experiment.training["batch_size"])
     for line in printed("table12" if experiment.method == "rein_a" else "table7"):
         if (f"({size})" in line["backbone"] and line["method"].startswith(row)
@@ -239,7 +240,7 @@ def preflight(
 # %% ../../nbs/54_tables.ipynb #dc2ef559
 def what_would_fit(experiment: Experiment) -> str:
     "What makes a run smaller, and whether its result stays comparable."
-    model, batch = experiment.model, experiment.training["batch_size"]
+    model, batch = experiment.model, experiment.training.get("batch_size", 1)
     hold, trained = model.get("backbone_args", {}).get("hold", "fp32"), model["adapter"] == "full"
     ways = ["bf16 weights (backbone_args hold='bf16'; comparable)"] * (hold == "fp32" and not trained)
     ways += ["the backbone's blocks computed twice (checkpointing=True; the same result)"]
