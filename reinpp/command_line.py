@@ -25,7 +25,7 @@ from .models.export import export
 from .models.segmenter import load_segmenter
 from .own_data import OwnData, Task
 from .paper import runs
-from .paper.doctor import examine
+from .doctor import examine
 from .paper.experiments import PRESETS, open_domain
 from .prediction import VALUES, complain, device_of, predict, use_of
 from .training.evaluation import evaluate, evaluate_set
