@@ -2,8 +2,6 @@
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -150,42 +148,22 @@ def test_preflight_names_what_each_row_lacks(place, tmp_path):
     assert lacks["Rein-G"] == [] and not any(preflight("rehearsal", rows, data_root=place / "data").values())
 
 
-READ_ONLY = """
-import sys, torch
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from test_rehearsal import made, planned
-place = Path(sys.argv[1])
-print(sorted(made(place, planned("rein_a", target="citys", seed=3, engine="classical", alpha=.7))["metrics"]))
-"""
-
-
-def test_a_data_set_that_cannot_be_written(place, tmp_path):
-    "Class statistics and proposals are kept with the runs."
-    shutil.copytree(place / "data", tmp_path / "data")
-    for path in (tmp_path, *tmp_path.parents[:3], tmp_path / "data", *(tmp_path / "data").rglob("*")):
-        path.chmod(0o555 if path.is_relative_to(tmp_path / "data") and path.is_dir() else 0o755)
-    user = {}
-    if os.getuid() == 0:  # root writes everywhere
-        user = dict(user=65534, group=65534)
-        for folder in ("results", "runs", "home"):
-            (tmp_path / folder).mkdir()
-            os.chown(tmp_path / folder, 65534, 65534)
-    tests = Path(__file__).resolve().parent
-    user |= dict(env=os.environ | dict(PYTHONPATH=str(tests.parent), HOME=str(tmp_path / "home")))
+def test_a_data_set_that_cannot_be_written(place, tmp_path, monkeypatch, capsys):
+    "Class statistics and proposals are kept with the runs. (Root may write anywhere: it is told otherwise.)"
+    data, real = tmp_path / "data", os.access
+    shutil.copytree(place / "data", data)
+    monkeypatch.setattr(os, "access", lambda path, mode: real(path, mode) and not (
+        mode == os.W_OK and Path(path).is_relative_to(data)))
+    before, folders = set(data.rglob("*")), [data, *filter(Path.is_dir, data.rglob("*"))]
+    for folder in folders: folder.chmod(0o555)
     try:
-        done = subprocess.run([sys.executable, "-c", READ_ONLY, str(tmp_path), str(tests)], capture_output=True,
-            text=True, timeout=600, **user)
-    except PermissionError:
-        pytest.skip("root that cannot become another user")
+        e = planned("rein_a", target="citys", seed=3, use_stm=False)
+        record = run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data, progress="none")
     finally:
-        for path in (tmp_path / "data").rglob("*"): path.chmod(0o755)
-    if "Permission denied" in done.stderr and str(tmp_path) not in done.stderr:
-        pytest.skip("another user cannot read this environment")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "cannot be written: its class statistics are kept in" in done.stdout
+        for folder in folders: folder.chmod(0o755)
+    assert record["metrics"]["bdd100k:val"]["images"] == 1 and set(data.rglob("*")) == before
+    assert "cannot be written: its class statistics are kept in" in capsys.readouterr().out
     assert (tmp_path / "runs" / "statistics" / "gtav" / STATISTICS[0]).exists()
-    assert not list((tmp_path / "data").rglob(STATISTICS[0]))
 
 
 def whole(e):
