@@ -1,7 +1,8 @@
 # make demo   ten minutes on a CPU: Rein-G, then Rein-A, on embedded scenes
 # make test   clean and export leave the tree unchanged, the notebooks run, pytest passes
 # make style the code's one hand, by ruff
-# make proofs what takes longer: equations broken on purpose, random kills, flipped bits (half an hour)
+# make proofs what takes longer: equations broken on purpose, kills, damaged files, full disks (an hour or two)
+# make coverage which lines of reinpp the notebooks and tests run: 90 % or more (twice as long as make test)
 # make lab    JupyterLab
 # make docs   the site in _docs/html/: notebooks, guides, API
 # make readme README.md from nbs/index.ipynb
@@ -20,7 +21,7 @@ ACTIVE    := PATH="$(BIN):$$PATH"
 # Python 3.11 to 3.13 that can make a virtual environment
 SUITABLE  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test style lab docs readme clean proofs
+.PHONY: help demo test style lab docs readme clean proofs coverage
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -47,6 +48,13 @@ style: $(INSTALLED)
 proofs: $(INSTALLED)
 	@$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -q tests/proofs/proof_*.py
 
+coverage: $(INSTALLED)
+	@$(ACTIVE) coverage erase
+	@$(ACTIVE) OMP_NUM_THREADS=1 MPLBACKEND=agg coverage run "$(BIN)/nbdev_test" --n_workers 2 --file_re '^([0-9][0-9][a-z]?_|index[.])'
+	@$(ACTIVE) OMP_NUM_THREADS=1 coverage run -m pytest -q -n 2 --dist worksteal
+	@$(ACTIVE) coverage combine -q
+	@$(ACTIVE) coverage report
+
 lab: $(INSTALLED)
 	@$(ACTIVE) jupyter lab
 
@@ -58,7 +66,7 @@ readme: $(INSTALLED)
 	@$(ACTIVE) jupyter nbconvert --config .ci/readme.py --log-level WARN --output-dir . nbs/index.ipynb
 
 clean:
-	rm -rf build dist _proc _docs reinpp.egg-info .pytest_cache
+	rm -rf build dist _proc _docs reinpp.egg-info .pytest_cache .hypothesis .coverage*
 	find nbs reinpp tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 $(INSTALLED): pyproject.toml constraints.txt extras.txt
