@@ -2,8 +2,9 @@
 # make test   clean and export leave the tree unchanged, the notebooks run, pytest passes
 # make style the code's one hand, by ruff
 # make rehearsal  every run and page of the paper preset on generated data with reduced models (an hour on two cores)
-# make proofs what takes longer: equations broken on purpose, random kills, flipped bits (half an hour)
+# make proofs what takes longer: equations broken on purpose, kills, damaged files, full disks (an hour or two)
 # make browser JupyterLab and the site in a Chromium, as a person uses them (a quarter of an hour)
+# make coverage which lines of reinpp the notebooks and tests run: 90 % or more (twice as long as make test)
 # make lab    JupyterLab
 # make docs   the site in _docs/html/: notebooks, guides, API
 # make readme README.md from nbs/index.ipynb
@@ -22,7 +23,7 @@ ACTIVE    := PATH="$(BIN):$$PATH"
 # Python 3.11 to 3.13 that can make a virtual environment
 SUITABLE  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test style lab docs readme clean proofs rehearsal browser
+.PHONY: help demo test style lab docs readme clean proofs rehearsal browser coverage
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -60,6 +61,13 @@ browser: $(INSTALLED)
 	    .venv/bin/python -m playwright install chromium
 	@$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -q -p no:playwright tests/browser/browser_*.py
 
+coverage: $(INSTALLED)
+	@$(ACTIVE) coverage erase
+	@$(ACTIVE) OMP_NUM_THREADS=1 MPLBACKEND=agg coverage run "$(BIN)/nbdev_test" --n_workers 2 --file_re '^([0-9][0-9][a-z]?_|index[.])'
+	@$(ACTIVE) OMP_NUM_THREADS=1 coverage run -m pytest -q -n 2 --dist worksteal
+	@$(ACTIVE) coverage combine -q
+	@$(ACTIVE) coverage report
+
 lab: $(INSTALLED)
 	@$(ACTIVE) jupyter lab
 
@@ -71,7 +79,7 @@ readme: $(INSTALLED)
 	@$(ACTIVE) jupyter nbconvert --config .ci/readme.py --log-level WARN --output-dir . nbs/index.ipynb
 
 clean:
-	rm -rf build dist _proc _docs reinpp.egg-info .pytest_cache
+	rm -rf build dist _proc _docs reinpp.egg-info .pytest_cache .hypothesis .coverage*
 	find nbs reinpp tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 $(INSTALLED): pyproject.toml constraints.txt extras.txt

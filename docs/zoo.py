@@ -87,7 +87,8 @@ def paper():
 
 # ---- What `make proofs` found
 
-LOST = "other_states", "accepted"  # counts of what went wrong
+LOST = ("other_states", "accepted", "silent_differences", "other_errors", "hangs", "deaths", "lost_files", "not_named",
+        "made_anew", "fetched_elsewhere", "written_outside", "descriptors_left")  # counts of what went wrong
 
 
 def proofs():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'PROGRESS', 'data_folder', 'runs_folder', 'check_choice', 'Between', 'read_object', 'check_values',
-           'shown', 'write_together', 'write_atomically', 'BadFile', 'Member', 'read_bytes', 'list_files',
+           'shown', 'naming', 'write_together', 'write_atomically', 'BadFile', 'Member', 'read_bytes', 'list_files',
            'read_checkpoint', 'duration', 'file_size', 'Progress', 'cores', 'device_name', 'each']
 
 # %% ../nbs/01_files.ipynb #643be419
@@ -28,12 +28,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -142,6 +141,16 @@ def shown(value) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 # %% ../nbs/01_files.ipynb #97e828d4
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    "A context whose OSError names this file, if it names none: `No space left on device: '<path>'`."
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None: error.filename = str(path)
+        raise
+
+
 def write_together(
     files: dict[str | Path, bytes],  # path -> content
 ) -> None:
@@ -155,14 +164,11 @@ def write_together(
         for (path, temporary), data in zip(aside, files.values()):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             _remove_left(path)
-            with open(temporary, "wb") as f:
+            with naming(path), open(temporary, "wb") as f:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
         for path, temporary in aside: os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is not None and error.filename is None: error.filename = str(path)  # no room, for instance
-        raise
     finally:
         for _, temporary in aside: temporary.unlink(missing_ok=True)
 
@@ -204,6 +210,8 @@ class Member(NamedTuple):
     def name(self) -> str: return self.inside.rpartition("/")[2]
     @property
     def stem(self) -> str: return self.name.rpartition(".")[0]
+    @property
+    def parent(self) -> PurePosixPath: return PurePosixPath(self.inside).parent
     @property
     def suffix(self) -> str: return "." + self.name.rpartition(".")[2]
 
@@ -306,12 +314,17 @@ def _one_checkpoint(folder):
 
 def _load_pickle(path):
     "What `torch.save` wrote, tensors and numbers alone."
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+    packed, names = zipfile.is_zipfile(path), []
+    if packed:
+        with zipfile.ZipFile(path) as file: bad = file.testzip()  # torch does not look at the checksums
+        if bad:
+            raise ValueError(f"the checksum of {bad} is wrong")
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     foreign = [name for name in names if name.split(".")[0] not in _REPLACED]
     if foreign:
         raise pickle.UnpicklingError(f"it asks for {', '.join(foreign)}")
     with torch.serialization.safe_globals([(_Placeholder, name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
 
 # %% ../nbs/01_files.ipynb #a07f74c4
 def read_checkpoint(
@@ -338,7 +351,7 @@ def read_checkpoint(
         message = (f"{path}: not loaded, because it is damaged or holds more than tensors, which could be code: "
                    f"save its state_dict alone, best as .safetensors ({_first_line(error)})")
         raise ValueError(message) from error
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # whatever torch's and safetensors' readers say of what is damaged
         # a shard has said it already
         if isinstance(error, FileNotFoundError) or str(error).startswith(str(path.parent)): raise
         message = f"{path}: this checkpoint is damaged or of another kind ({_first_line(error)}): fetch it again"
@@ -478,7 +491,7 @@ def each(
         except Exception as error:
             message = f"another process must be able to import {function!r} ({error}): use workers=0"
             raise ValueError(message) from None
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (set_up, set_up_arguments))
+    pool = ProcessPoolExecutor(min(workers, len(items)), context, _start_worker, (set_up, set_up_arguments))
     try:
         if ordered:
             yield from pool.map(function, items, chunksize=max(1, min(16, len(items) // (4 * workers))))

@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 
 from .data.datasets import IMAGE_SUFFIXES, read_image
 from .data.transforms import resize_image, short_edge_size
-from .files import Progress, check_choice, read_object, write_atomically, write_together
+from .files import Progress, check_choice, read_object, shown, write_atomically, write_together
 from .labels import CLASSES, ID_MAPS, class_colours
 from .models.adapter_files import USE, adapter_folder
 from .models.segmenter import Segmenter, load_segmenter
@@ -47,7 +47,7 @@ class Use:
             window=whole(self.window), stride=whole(self.stride) and self.stride <= self.window,
             fit=self.fit is None or len(self.fit) == 2 and all(map(whole, self.fit)))
         if wrong := [name for name, fine in right.items() if not fine]:
-            raise ValueError(f"{USE}: {wrong[0]}={getattr(self, wrong[0])!r} is not of the form that `Use` has")
+            raise ValueError(f"{USE}: {wrong[0]}={shown(getattr(self, wrong[0]))} is not of the form that `Use` has")
 
 
 def write_use(

@@ -22,13 +22,15 @@ from .training.run_folder import Stopped
 def read_log(
     folder: str | Path,  # `run_dir` of a `fit`
 ) -> pd.DataFrame:  # a row a line: iteration, of, seconds, lr, and every term; empty where nothing is logged yet
-    "The log of a run, finished or not."
+    "The log of a run, finished or not; without what is no line of `fit`'s."
     rows, file = [], Path(folder) / "log.jsonl"
     for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except ValueError:  # not yet whole
             continue
+        whole = type(row) is dict and {"iteration", "seconds", "total"} <= row.keys()
+        if whole and all(type(value) in (int, float) for value in row.values()): rows.append(row)
     return pd.DataFrame(rows)
 
 

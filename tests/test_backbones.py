@@ -259,11 +259,9 @@ def test_pickles_are_not_executed(tmp_path):
 def test_no_network_says_where_to_get_and_where_to_put(monkeypatch, tmp_path):
     import reinpp.models.backbones as module
     monkeypatch.setattr(module, "data_folder", lambda: tmp_path)
-    def offline(*args, pretrained=False, **options):
-        if pretrained:
-            raise OSError("no route to host")
-        raise AssertionError("made without its weights")
-    monkeypatch.setattr(module.timm, "create_model", offline)
+    def offline(hub, **options): raise OSError("no route to host")
+    monkeypatch.setattr(module.timm.models, "load_state_dict_from_hf", offline)
+    monkeypatch.setattr(module.timm, "create_model", lambda *args, **options: pytest.fail("made without its weights"))
     with pytest.raises(FileNotFoundError) as caught:
         create_backbone("dinov2_large")
     message = str(caught.value)

@@ -127,6 +127,17 @@ def test_second_look_opens_nothing(city, monkeypatch):
     assert look_at(city).ok and len(opened) == 30
 
 
+def test_what_was_seen_is_believed_only_whole(city):
+    "Any byte changed in the memory, and all is looked at again: nothing else comes out."
+    first, (memory, *_) = look_at(city), (city.parent / "seen").iterdir()
+    whole = memory.read_bytes()
+    for at in range(0, len(whole), 97):
+        memory.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        again = look_at(city)
+        assert again.ok and again.table.equals(first.table)
+        assert memory.read_bytes() == whole
+
+
 def test_what_was_seen_before_an_interruption_stays_seen(city, monkeypatch):
     once, opened = reinpp.data.check.look, []
 
@@ -159,6 +170,16 @@ def test_archives(city):
                 archive.write(path, path.relative_to(city))
         shutil.rmtree(city / top)
     assert look_at(city).ok and look_at(city).table.images.tolist() == [4, 2, 2]
+    path = city / "leftImg8bit.zip"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x03\x04") + 100] ^= 255
+    path.write_bytes(data)
+    reinpp.files._ARCHIVES.clear()  # as in another process
+    report = look_at(city)
+    assert not report.ok and report.problems.kind.tolist() == ["unreadable"] and "zip" in report.problems.file[0]
+    path.write_bytes(data[:-30])
+    report = look_at(city)
+    assert not report.ok and "cannot be listed" in report.table.status.tolist()
 
 
 def test_gtavs_sizes_are_listed_and_not_wrong(tmp_path):

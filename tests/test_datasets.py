@@ -437,7 +437,9 @@ def test_statistics_that_do_not_fit_stop(gta):
     good = json.loads(path.read_text())
     for bad, says in ((good[:2], "no entry for labels/00002"),
             ([good[0] | {"0": 41}, *good[1:]], "not those of the label"),
-            ([good[0] | {"31": 2}, *good[1:]], "IndexError"), ({"0": 3}, "no class statistics")):
+            ([*good[:2], good[2] | {"0": 41}], "labels/00002_labelTrainIds.png are not those of the label"),
+            ([good[0] | {"31": 2}, *good[1:]], "no count of pixels"),
+            ([good[0] | {"0": 1.5}, *good[1:]], "no count of pixels"), ({"0": 3}, "no class statistics")):
         path.write_text(json.dumps(bad))
         with pytest.raises(ValueError) as e:
             Sampler(ds, rcs=True)

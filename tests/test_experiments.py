@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 
@@ -103,6 +104,54 @@ def test_two_at_once_make_one_record(tmp_path):
     assert len(Ledger(tmp_path / "results").all()) == 1
     log = tmp_path / "runs" / small("freeze").training_key / "log.jsonl"
     assert len(log.read_text().splitlines()) == 1, "trained once"
+
+
+def test_a_start_model_whose_adapter_is_gone_is_trained_again_and_compared(tmp_path, capsys):
+    "As in a fresh clone, which has the record of the model that is started from, and not its adapter."
+    control, ledger = small("control"), Ledger(tmp_path / "results")
+    run(control.start, ledger, tmp_path / "runs", progress="none")
+    before = ledger.path(control.start).read_bytes()
+    shutil.rmtree(tmp_path / "runs")
+    capsys.readouterr()
+    record = run(control, ledger, tmp_path / "runs", progress="none")
+    assert "was trained again: the same mIoU; its record stays" in capsys.readouterr().out
+    assert ledger.path(control.start).read_bytes() == before and record["key"] == control.key
+    other = json.loads(before)
+    other["metrics"][control.start.evaluate_on[0]]["miou"] = 0.5
+    ledger.path(control.start).write_text(json.dumps(other))
+    shutil.rmtree(tmp_path / "runs")
+    ledger.path(control).unlink()
+    run(control, ledger, tmp_path / "runs", progress="none")
+    assert "recorded 50.00; its record stays" in capsys.readouterr().out
+
+
+def test_a_damaged_adapter_of_a_run_is_made_again(tmp_path, capsys):
+    experiment, ledger = small("freeze"), Ledger(tmp_path / "results")
+    run(experiment, ledger, tmp_path / "runs", progress="none")
+    file = tmp_path / "runs" / experiment.training_key / "adapter" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(damaged)
+        ledger.path(experiment).unlink()
+        capsys.readouterr()
+        run(experiment, ledger, tmp_path / "runs", progress="none")
+        assert f"{file.parent} is damaged: made again" in capsys.readouterr().out and file.read_bytes() == whole
+
+
+def test_a_run_that_is_not_finished_makes_no_record(tmp_path):
+    experiment, ledger = small("freeze"), Ledger(tmp_path / "results")
+    with pytest.raises(RuntimeError, match="1 iterations are done, as asked.*run it again without stop_at"):
+        run(experiment, ledger, tmp_path / "runs", progress="none", stop_at=1)
+    assert ledger.all() == [] and find_adapter(experiment, tmp_path / "runs") is None
+    assert run(experiment, ledger, tmp_path / "runs", progress="none")["key"] == experiment.key
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"metrics": {}}', '{"key": "x", "config": {}, "metrics": {}}'])
+def test_a_record_of_something_else_is_not_believed(text, tmp_path):
+    experiment = small("freeze")
+    Ledger(tmp_path).path(experiment).write_text(text)
+    with pytest.raises(ValueError, match=f"{experiment.key}.json is damaged"):
+        run(experiment, Ledger(tmp_path), tmp_path / "runs")
 
 
 def test_a_run_is_planned_without_any_model():

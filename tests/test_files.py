@@ -162,6 +162,17 @@ def test_damaged_checkpoints_are_refused(name, content, message, tmp_path):
         read_checkpoint(tmp_path / name)
 
 
+def test_a_bit_flipped_in_a_packed_checkpoint_is_noticed(tmp_path):
+    "By the archive's own checksums, at which torch does not look."
+    torch.save({"a": torch.ones(1000)}, tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    at = whole.index(torch.ones(8).numpy().tobytes())
+    (tmp_path / "a.pth").write_bytes(whole[:at + 9] + bytes([whole[at + 9] ^ 1]) + whole[at + 10:])
+    assert not torch.equal(torch.load(tmp_path / "a.pth", weights_only=True)["a"], torch.ones(1000))
+    with pytest.raises(ValueError, match="a.pth: this checkpoint is damaged.*the checksum of .* is wrong"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 def test_what_holds_no_tensors_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "a.pth")
     torch.save([torch.ones(1)], tmp_path / "b.pth")
@@ -335,6 +346,16 @@ def test_each_is_map(workers, ordered):
 def test_each_chooses_its_workers():
     assert set(each(process, range(63))) == {os.getpid()}, "few items are not worth a process"
     assert os.getpid() not in set(each(process, range(64)))
+
+
+def test_each_starts_no_more_workers_than_there_are_items(monkeypatch):
+    asked = []
+    class Pool(files.ProcessPoolExecutor):
+        def __init__(self, workers, *arguments):
+            asked.append(workers)
+            super().__init__(min(workers, 2), *arguments)
+    monkeypatch.setattr(files, "ProcessPoolExecutor", Pool)
+    assert list(each(abs, [-1, 2], workers=10**6)) == [1, 2] and asked == [2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -151,6 +151,14 @@ def test_programs_of_other_parts_are_refused(change, program, tmp_path):
     assert "\n" not in str(told.value) and len(str(told.value)) < 600
 
 
+def test_a_bit_flipped_in_a_program_is_noticed(program, tmp_path):
+    whole, bad = program.read_bytes(), tmp_path / "bad.pt2"
+    for at in range(len(whole) // 9, len(whole), len(whole) // 4):
+        bad.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(ValueError, match="bad.pt2: not loaded.*(checksum|damaged)"):
+            load_program(bad)
+
+
 def test_two_parts_of_one_name_and_no_archive_are_refused(program, tmp_path):
     bad = rewritten(program, tmp_path / "bad.pt2")
     load_program(bad)
@@ -405,6 +413,23 @@ def test_tensors_that_are_no_proposals_are_refused(change, says, tmp_path):
     with pytest.raises(ValueError, match=f"wrong .*{says}") as told:
         read_proposals(tmp_path / "wrong")
     assert "\n" not in str(told.value)
+
+
+def test_proposals_that_are_cut_while_they_are_used_end_nothing(kept):
+    "They are read, not mapped: what was read stays, and the next read is refused."
+    store = ProposalStore(kept[1])
+    read = store[0]
+    os.truncate(kept[1] / "000000.safetensors", 64)
+    assert 0 <= int(read.bits.sum()) and read.boxes.isfinite().all()
+    with pytest.raises(ValueError, match="000000.safetensors.*make_proposals again"):
+        store[0]
+
+
+def test_a_manifest_whose_key_is_not_its_own_is_refused(kept):
+    file = kept[1] / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(images=1)))
+    with pytest.raises(ValueError, match="manifest.json is not a manifest of proposals .its key"):
+        ProposalStore(kept[1])
 
 
 def test_proposals_of_another_size_are_made_again(kept):

@@ -522,6 +522,15 @@ def test_proposals_that_do_not_fit_are_refused(data):
         Adaptation(weighting="area")
 
 
+@pytest.mark.parametrize("name, value", [
+    ("tau", "0.9"), ("tau", None), ("tau", float("nan")), ("ema", -1), ("mask_block", 0), ("mask_block", 1.5),
+    ("rcs", 1), ("limit", True), ("num_points", 1e3), ("margins", 3), ("margins", (1, 2, 3)), ("margins", (1, "2"))])
+def test_settings_of_another_kind_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}=") as told:
+        Adaptation(**{name: value})
+    assert "\n" not in str(told.value)
+
+
 # ---- the step
 
 TERMS = {"src", "mix", "mask", "stm_src", "stm_mix", "stm_mask"}

@@ -162,6 +162,15 @@ def test_engines_need_no_package_to_be_imported():
             assert not any(line.startswith(packages) for line in source)
 
 
+@pytest.mark.parametrize("engine, options", [
+    ("classical", dict(scale="60")), ("classical", dict(long_edge=2.5)), ("classical", dict(min_size=None)),
+    ("classical", dict(scale=float("nan"))), ("sam2", dict(halves=1)), ("sam2", dict(points_per_side="8")),
+    ("sam2", dict(model=3)), ("sam1", dict(box_nms_thresh=[0.7]))])
+def test_options_of_another_kind_are_refused(engine, options):
+    with pytest.raises(ValueError, match=f"engine '{engine}': {next(iter(options))}="):
+        engine_options(engine, **options)
+
+
 def test_options_that_no_engine_has_are_refused(scenes, tmp_path):
     for engine, options in (("classical", dict(points=3)), ("sam2", dict(points=3)), ("instances", dict(scale=1))):
         with pytest.raises(ValueError, match=f"engine '{engine}' has no option '{next(iter(options))}'"):

@@ -394,6 +394,7 @@ def test_bundled_adapters(folder):
 @pytest.mark.parametrize("wrong, says", [
     (dict(head="fcn"), "use one of mask2former, semantic_fpn"), (dict(normalization="none"), "normalization"),
     (dict(num_classes=0), "at least one class"), (dict(image_size=100), "multiple of the patch"),
+    (dict(adapter="full", backbone_args=dict(hold="bf16")), "hold='bf16' is for a backbone that stays frozen"),
     (dict(head_args=dict(colour=1)), "does not take"), (dict(adapter_args=dict(rank=torch.ones(1))), "plain numbers")])
 def test_create_segmenter_refuses(wrong, says):
     with pytest.raises(ValueError, match=says):

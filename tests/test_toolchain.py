@@ -125,6 +125,19 @@ def test_pins_name_no_place_on_a_disk_or_a_network():
         assert not re.search(r"https?://|file:|--index-url|--find-links| @ ", text), name
 
 
+def test_no_server_is_open_to_others():
+    "JupyterLab listens on loopback and asks for a token unless it is told otherwise: nothing here tells it so."
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    texts = [name for name in tracked if name.endswith((".py", ".yml", ".md", ".toml", "Makefile", ".ci/run"))]
+    assert "Makefile" in texts
+    opened = re.compile(r"0\.0\.0\.0|\bip=(?!127\.0\.0\.1)|(token|password)=(''|\"\"|$| )|allow_(remote|origin)|"
+        r"Server\(\((\"\"|'')")
+    for name in texts:
+        if name == "tests/test_toolchain.py" or not (ROOT / name).is_file(): continue
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), 1):
+            assert not opened.search(line), f"{name}:{number}: {line.strip()}"
+
+
 # ---- Notebooks
 
 

@@ -1,5 +1,8 @@
 "The loop: groups, schedule, checkpoints, errors."
 import json
+import multiprocessing
+import os
+import signal
 import time
 
 import pytest
@@ -122,6 +125,48 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path):
         fit(Toy(explode_at=4), iterations=6, batch_size=1, run_dir=tmp_path, checkpoint_every=2, progress="none")
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 4
     assert fit(Toy(), iterations=6, batch_size=1, run_dir=tmp_path, checkpoint_every=2, progress="none")["finished"]
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path):
+    "Of a loss that is finite: seen before the optimiser's step, so the checkpoint is not overwritten with NaN."
+    class Spoilt(Toy):
+        def step(self, batch, iteration):
+            terms = super().step(batch, iteration)
+            if iteration == 4: self.segmenter.weight.grad[0, 1] = torch.nan
+            return terms
+    spoilt = Spoilt()
+    with pytest.raises(TrainingError, match="iteration 4: the gradient is not finite; its batch is .*stays"):
+        fit(spoilt, iterations=6, batch_size=1, run_dir=tmp_path, checkpoint_every=1, progress="none")
+    assert all(p.isfinite().all() for p in spoilt.segmenter.parameters())
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["iteration"] == 4 and all(t.isfinite().all() for t in state["objective"].values())
+
+
+def test_the_log_has_each_iteration_once_whatever_was_left_in_it(tmp_path):
+    "Lines after the checkpoint, and one that was half written."
+    options = dict(iterations=6, batch_size=1, run_dir=tmp_path, log_every=1, checkpoint_every=2, progress="none")
+    fit(Toy(), stop_at=2, **options)
+    log = tmp_path / "log.jsonl"
+    later = log.read_text().splitlines(keepends=True)[1].replace('"iteration": 2', '"iteration": 3')
+    log.write_text(log.read_text() + later + '{"iteration": 4, "se')
+    fit(Toy(), **options)
+    assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_loader_process_is_one_line(tmp_path):
+    options = dict(iterations=12, batch_size=1, run_dir=tmp_path, checkpoint_every=1, workers=1, progress="none")
+    toy = Toy()
+    def kill(iteration):
+        if iteration == 3: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        if iteration > 3: time.sleep(0.2)  # until torch has seen it
+    toy.after_step = kill
+    with pytest.raises(TrainingError, match="a process that loads samples died.*stays: start again") as told:
+        fit(toy, **options)
+    assert "\n" not in str(told.value) and str(tmp_path) in str(told.value)
+    again, undisturbed = Toy(), Toy()
+    fit(again, **options)
+    fit(undisturbed, **options | dict(run_dir=None, checkpoint_every=None))
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), undisturbed.state_dict().values()))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

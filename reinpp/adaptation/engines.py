@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .masks import Proposals, boxes_of, coverage, select
 from .sam import package_version, sam1, sam2
-from ..files import check_choice
+from ..files import Between, check_choice, check_values
 
 # %% ../../nbs/42_engines.ipynb #75cd1c1c
 def instances(
@@ -152,7 +152,7 @@ def engine_options(
 ) -> dict:
     """All options that decide about an engine's masks, defaults filled in.
 
-    Raises ValueError for one that the engine does not have."""
+    Raises ValueError for one that the engine does not have, or of another kind."""
     function = find_engine(engine)
     parameters = list(inspect.signature(function).parameters.values())[4:]  # after dataset, index, reduction, limit
     known = {parameter.name: parameter.default for parameter in parameters}
@@ -160,6 +160,9 @@ def engine_options(
         if name not in known:
             has = ", ".join(known) or "none"
             raise ValueError(f"engine {function.__name__!r} has no option {name!r}; it has {has}")
+    kinds = {bool: bool, int: Between(0, 10**6), float: Between(0.0, 1e6), str: str}
+    rules = {p.name: kinds.get(p.annotation) for p in parameters}
+    check_values(f"engine {function.__name__!r}", {k: v for k, v in options.items() if rules[k]}, rules)
     chosen = known | getattr(function, "fixed", {}) | options
     return {name: value for name, value in chosen.items() if name not in WITHOUT_EFFECT}
 

@@ -143,6 +143,8 @@ def _read_manifest(root):
         check_values("it", stored, _MANIFEST)
         if _MANIFEST.keys() - stored.keys():
             raise ValueError(f"it has no {', '.join(sorted(_MANIFEST.keys() - stored.keys()))}")
+        if _key(stored) != stored["key"]:
+            raise ValueError("its key is not that of what it says")
         return stored
     except ValueError as error:
         raise ValueError(f"{path} is not a manifest of proposals ({error}): delete or choose another folder") from None
@@ -160,6 +162,11 @@ def _settings(engine, options):
 
 
 def _hash(text): return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _key(manifest):
+    "The hash of all that a manifest says."
+    return _hash(json.dumps({k: v for k, v in manifest.items() if k != "key"}, sort_keys=True))
 
 
 def _refuse_others(root, stored, wanted):
@@ -258,7 +265,7 @@ def make_proposals(
     elif missing:
         raise missing
     else:
-        stored = manifest | dict(key=_hash(json.dumps(manifest, sort_keys=True)))
+        stored = manifest | dict(key=_key(manifest))
         write_atomically(root / "manifest.json", (json.dumps(stored, indent=1) + "\n").encode())
     share = range(shard[0], len(dataset), shard[1])
     todo = [index for index in share if not _is_there(dataset, root, stored, index)]

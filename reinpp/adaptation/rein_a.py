@@ -8,7 +8,7 @@ __all__ = ['Adaptation', 'Collapse', 'CollapseGuard', 'ReinA', 'PseudoLabel', 'p
 # %% ../../nbs/45_rein_a.ipynb #9555054d
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from .stm import STM, query_targets, stm_label
 from ..data.datasets import Dataset
 from ..data.sampling import Sampler, fold
 from ..data.transforms import TrainTransform, hide_blocks, mix_images, random_block_mask
-from ..files import check_choice
+from ..files import Between, check_values
 from ..labels import IGNORE, colorize
 from reinpp.models.losses import (
     Target,
@@ -43,7 +43,7 @@ from ..training.generalize import Objective, default_transform
 class Adaptation:
     """Settings of Rein-A. [P]: stated in the paper; [S]: of the self-training works it cites; [D]: decided here.
 
-    Raises ValueError for an unknown weighting."""
+    Raises ValueError for a value of another kind."""
     tau: float = 0.968  # [S] the teacher is sure of a pixel from this normalised score on
     alpha: float = 1.0  # [P] weight of the mix branch
     beta: float = 1.0  # [P] weight of the mask branch
@@ -68,7 +68,13 @@ class Adaptation:
     q_on_mask: bool = False  # beyond the paper: L_mask of an image weighs q, as its pseudo labels do
 
     def __post_init__(self):
-        check_choice("weighting", self.weighting, ("image", "pixel"))
+        kinds = {bool: bool, int: Between(0, 10**9), float: Between(0.0, 1e6)}
+        rules = {f.name: kinds[f.type] for f in fields(self) if f.type in kinds}
+        rules |= dict(weighting=("image", "pixel"), margins=[kinds[int]], mask_block=Between(1, 10**5))
+        margins = list(self.margins) if isinstance(self.margins, tuple) else self.margins
+        check_values("Rein-A's settings", vars(self) | dict(margins=margins), rules)
+        if len(margins) != 2:
+            raise ValueError(f"margins={self.margins!r}: give two numbers, rows at top and bottom")
 
 # %% ../../nbs/45_rein_a.ipynb #9e4e839e
 class Collapse(RuntimeError):

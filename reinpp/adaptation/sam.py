@@ -210,10 +210,10 @@ def _sam2_net(model, image_size):
         configuration.model.image_size = image_size
         OmegaConf.resolve(configuration)
         _refuse_foreign(OmegaConf.to_container(configuration.model))
-    except Exception as error:  # of the YAML's own reader, too
+        return instantiate(configuration.model, _recursive_=True)
+    except Exception as error:  # of the YAML's own reader and of the package's classes, too
         why = shorten(str(error), 160)
         raise ValueError(f"sam2: model={name!r}: {file} is no configuration of SAM 2 ({why})") from error
-    return instantiate(configuration.model, _recursive_=True)
 
 
 def _refuse_foreign(part):

@@ -62,17 +62,20 @@ def _key(image, label, form, rotation):
     return "|".join([str(VERSION), str(label), table, rotation, *(f"{s.st_size}.{s.st_mtime_ns}" for s in states)])
 
 
+def _seen(memory):
+    "What the file `memory` says; nothing where its hash is not its content's, so that all is looked at again."
+    digest, data = (part := memory.read_bytes())[:32], part[32:]
+    return json.loads(data) if digest == _hash(data, 16).encode() else {}
+
+
 def _look(arguments): return look(*arguments)
 
 
 def _look_at(pairs, rotation, memory, workers, progress, title):
     "What `look` says of each pair, from the file `memory` where nothing has changed."
-    try:
-        seen = json.loads(memory.read_text()) if memory else {}
-    except (FileNotFoundError, ValueError):
-        seen = {}
+    seen = _seen(memory) if memory and memory.exists() else {}
     keys = {str(pair[0]): _key(*pair, rotation) for pair in pairs}
-    kept = {name: seen[name] for name, key in keys.items() if key and seen.get(name, {}).get("key") == key}
+    kept = {name: seen[name] for name, key in keys.items() if key and name in seen and seen[name]["key"] == key}
     todo, fresh = [pair for pair in pairs if str(pair[0]) not in kept], {}
     try:
         with Progress(len(todo), title, "file", show=progress) as bar:
@@ -80,7 +83,8 @@ def _look_at(pairs, rotation, memory, workers, progress, title):
                 fresh[str(pair[0])] = found | dict(key=keys[str(pair[0])])
                 bar.update()
     finally:  # whatever happens, what was seen stays seen
-        if fresh and memory: write_atomically(memory, json.dumps(kept | fresh).encode())
+        data = json.dumps(kept | fresh).encode()
+        if fresh and memory: write_atomically(memory, _hash(data, 16).encode() + data)
     return [(kept | fresh)[str(pair[0])] for pair in pairs]
 
 # %% ../../nbs/18_check.ipynb #42fb5891

@@ -40,7 +40,15 @@ def identity(config: dict) -> dict:
 
 def config_digest(config: dict) -> str:
     "sha256 of `identity`."
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+    return _digest(identity(config))
+
+
+def _settings_digest(config):
+    "sha256 of all that a file's settings say but of how it was trained."
+    return _digest({key: value for key, value in config.items() if key not in ("sha256", "record")})
+
+
+def _digest(settings): return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/26_adapter_files.ipynb #5a026022
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # of trained tensors
@@ -93,8 +101,9 @@ def write_adapter(
             raise ValueError(f"{name} is not finite{f' in {dtype}' if dtype else ''}: nothing was saved, {folder} is "
                              "as it was; bfloat16 holds what float16 cannot")
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})
-    data = save_tensors(state, dict(config=config_digest(config)))
-    config = dict(config, dtype="+".join(kinds), sha256=hashlib.sha256(data).hexdigest(), record=record or {})
+    config = dict(config, dtype="+".join(kinds))
+    data = save_tensors(state, dict(settings=_settings_digest(config)))  # one note: their order is not fixed
+    config |= dict(sha256=hashlib.sha256(data).hexdigest(), record=record or {})
     folder = Path(folder)
     _keep_before(folder)
     try:
@@ -145,7 +154,8 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{weights} is no safetensors file ({error})") from error
     notes = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    if notes.get("config", config_digest(config)) != config_digest(config):
+    said = dict(config=config_digest(config), settings=_settings_digest(config))
+    if any(notes.get(name, digest) != digest for name, digest in said.items()):  # older files have the first
         raise ValueError(f"{settings} was altered: the weights were saved with other settings; fetch it again")
     for name, t in state.items():
         if str(t.dtype).removeprefix("torch.") not in DTYPES or not t.isfinite().all():

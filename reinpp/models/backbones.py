@@ -258,19 +258,23 @@ def load_weights(name: str, spec: BackboneSpec, make: Callable, options: dict, w
         to_do = "name a file that is there" if weights else "get the repository's (pretrain_tiny.ipynb makes others)"
         raise FileNotFoundError(f"backbone={name!r}: no weights at {file}: {to_do}")
     try:
-        if not file and not spec.build: return make(pretrained=True, **options)
-        if not file:
+        hub = getattr(timm.get_pretrained_cfg(spec.timm_name), "hf_hub_id", None)
+        if not file and not spec.build:
+            if not hub: return make(pretrained=True, **options)
+            state = timm.models.load_state_dict_from_hf(hub)  # by timm itself a file that lacks tensors is taken, too
+        elif not file:
             from huggingface_hub import list_repo_files, snapshot_download
             suffix = "safetensors" if any(f.endswith(".safetensors") for f in list_repo_files(INTERNVIT)) else "bin"
             file = Path(snapshot_download(INTERNVIT, allow_patterns=[f"*.{suffix}", f"*.{suffix}.index.json"]))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, the hub's packages, and of what came instead of weights
         raise FileNotFoundError(f"backbone={name!r}: the weights of {spec.timm_name} could not be downloaded from "
             f"huggingface.co/{INTERNVIT if spec.build else 'timm/' + spec.timm_name} ({shorten(str(error), 120)}): put "
             f"model.safetensors at {places[0]}, or pass weights=<file>, or pretrained=False") from error
     if spec.sha256 and not weights and _sha256(file, file.stat().st_mtime_ns) != spec.sha256:
         raise ValueError(f"backbone={name!r}: {file} is damaged or another file, its sha256 is not that of BACKBONES: "
                          "get it from the repository again, or name your own with weights=<file>")
-    state, model = read_checkpoint(file), make(**options)
+    if file: state = read_checkpoint(file)
+    model = make(**options)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     plain = dict(interpolation="bilinear", antialias=False) if "radio" in spec.timm_name else {}  # timm's way for these
     heads = model.pretrained_cfg.get("classifier") or ()
@@ -278,12 +282,12 @@ def load_weights(name: str, spec: BackboneSpec, make: Callable, options: dict, w
     try:
         state = convert(convert_internvit(state) if spec.build else state, model, **plain)
         wrong = model.load_state_dict({k: v for k, v in state.items() if not k.startswith(unused)}, strict=False)
-        if any(wrong):
+        if wrong.missing_keys or file and wrong.unexpected_keys:
             raise RuntimeError(", ".join(f"{what} {len(keys)} keys ({', '.join(keys[:6])})"
                 for what, keys in zip(("missing", "unexpected"), wrong) if keys))
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = shorten(str(error), 700)
-        raise ValueError(f"backbone={name!r}: {file} does not fit {spec.timm_name}: {reason}") from error
+        raise ValueError(f"backbone={name!r}: {file or hub} does not fit {spec.timm_name}: {reason}") from error
     return model
 
 # %% ../../nbs/20_backbones.ipynb #95ab63d1

@@ -26,7 +26,7 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.export.pt2_archive import PT2ArchiveReader
 
-from ..files import check_choice, shown
+from ..files import check_choice, shown, write_atomically
 from .backbones import patch_size_of
 from .rein_g import Adapter, ReinG
 from .segmenter import STRIDES, Segmenter
@@ -102,7 +102,12 @@ def load_program(path: str | Path) -> Callable:
     if path.suffix != SUFFIXES["onnx"]:
         check_program(path)
         return torch.no_grad()(torch.export.load(path).module())
-    session = _onnxruntime().InferenceSession(str(path))
+    runtime = _onnxruntime()
+    try:
+        session = runtime.InferenceSession(str(path))
+    except Exception as error:  # onnxruntime has classes of its own
+        raise ValueError(f"{path}: onnxruntime does not load it ({shorten(str(error), 160)}): export the segmenter "
+                         "again") from error
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
 
@@ -145,6 +150,8 @@ def _check_archive(path):
     names = archive.get_file_names()
     with zipfile.ZipFile(path) as file:  # what torch.export.load falls back to
         strange = {name.partition("/")[2] for name in file.namelist()} ^ set(names)
+        if bad := file.testzip():  # torch does not look at the checksums
+            raise ValueError(f"the checksum of {shown(bad)} is wrong")
     strange |= {name for name in names if not _PARTS.fullmatch(name) or names.count(name) > 1}
     if strange:
         raise ValueError(f"part {shown(sorted(strange)[0])}")
@@ -229,7 +236,9 @@ def export(
             batch = ({0: torch.export.Dim("batch")},)  # the number of images is free
             program = torch.export.export(Window(segmenter).eval(), (example,), dynamic_shapes=batch, strict=False)
             if format == "torch":
-                torch.export.save(program, aside)
+                buffer = io.BytesIO()  # torch itself would end the process where the disk is full
+                torch.export.save(program, buffer)
+                write_atomically(aside, buffer.getvalue())
             else:
                 names = dict(input_names=["images"], output_names=["scores"])
                 torch.onnx.export(program, (), dynamo=True, verbose=False, **names).save(aside, external_data=False)

@@ -96,6 +96,8 @@ def create_segmenter(
     check_choice("normalization", normalization, ("own", "imagenet"))
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: at least one class is needed")
+    if adapter == "full" and (hold := backbone_args.get("hold", "fp32")) != "fp32":
+        raise ValueError(f"hold={hold!r} is for a backbone that stays frozen, adapter='full' trains it: leave it out")
     if adapter == "rein_g" and head in PER_PIXEL:
         adapter_args = dict(link_queries=False) | adapter_args
     stored = {k: v for k, v in backbone_args.items() if k != "device"}

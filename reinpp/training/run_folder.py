@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 
-from ..files import BadFile, device_name, write_atomically
+from ..files import BadFile, device_name, naming, write_atomically
 from ..processes import broadcast, get_rank
 
 # %% ../../nbs/36_run_folder.ipynb #6b102ce0
@@ -221,8 +221,7 @@ def locked(
                 fcntl.flock(handle, fcntl.LOCK_EX)  # of a dead process: until its loader processes are gone, too
             if not _is(handle, file): continue  # removed by the process that had it
             handle.truncate(0)
-            handle.write(f"{os.getpid()} on {socket.gethostname()}")
-            handle.flush()
+            with naming(file): os.write(handle.fileno(), f"{os.getpid()} on {socket.gethostname()}".encode())
             try: yield handle
             finally:
                 if _is(handle, file): file.unlink()

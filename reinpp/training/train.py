@@ -60,6 +60,19 @@ def _batches(objective, done, end, batch_size, share, seed, workers, device):
         if isinstance(batch, BadFile): raise batch
         yield {name: value if name == "draw" else value.to(device, non_blocking=True) for name, value in batch.items()}
 
+
+@contextlib.contextmanager
+def _loaders_named(run):
+    "A loader's process that dies ends the training, wherever it is: torch says so by a signal. Raises TrainingError."
+    try: yield
+    except (RuntimeError, OSError, EOFError) as error:
+        said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        cut = isinstance(error, (ConnectionError, EOFError)) or type(error) is FileNotFoundError and not error.filename
+        if not said and not cut: raise
+        raise TrainingError(f"iteration {run.done}: a process that loads samples died, killed or out of memory; the "
+                            f"last checkpoint{f' in {run.folder}' if run.folder else ''} stays: start again, with "
+                            "fewer workers if memory is short") from None
+
 # %% ../../nbs/31_train.ipynb #3cc186c2
 NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "prompts", "tokens_a", "tokens_b",
             "full_tokens", "adapter.scale")
@@ -182,8 +195,9 @@ def fit(
     Under `torchrun` all processes call this together, with the same weights, and share each batch. Raises `ValueError`
     when the checkpoint belongs to other settings or is damaged, or when processes cannot share the batch or start
     differently; RuntimeError while another process trains in `run_dir`; `TrainingError` when a loss or a gradient is
-    not finite in any process or `run_dir` cannot be written to, `BadFile` when a sample cannot be read; the last
-    checkpoint stays. Asked to stop: `Stopped` (SIGINT, a file `stop` in `run_dir`) or SystemExit, with a checkpoint."""
+    not finite in any process, a loader's process dies or `run_dir` cannot be written to, `BadFile` when a sample cannot
+    be read; the last checkpoint stays. Asked to stop: `Stopped` (SIGINT, a file `stop` in `run_dir`) or SystemExit,
+    with a checkpoint."""
     device = init_process_group(device)
     _check_settings(objective, iterations, batch_size, run_dir, precision, pictures_every, progress)
     share, precision = local_batch_size(batch_size), _move(objective, device, precision)
@@ -196,7 +210,7 @@ def fit(
                     seed=seed, precision=precision, parameters=sum(p.numel() for p in named.values()))
     run = RunFolder(run_dir, objective, optimizer, settings, checkpoint_minutes, checkpoint_every, log_every)
     signals = Signals() if run_dir else contextlib.nullcontext(Signals())
-    with run.held(), tf32(device, precision == "bf16"), signals as signals:
+    with _loaders_named(run), run.held(), tf32(device, precision == "bf16"), signals as signals:
         done, end, stop = run.resume(device), min(iterations, stop_at or iterations), False
         if share < batch_size: _check_same_start(objective, done, device)
         batches = _batches(objective, done, end, batch_size, share, seed, workers, device)

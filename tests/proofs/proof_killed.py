@@ -10,10 +10,10 @@ import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from noted import note
 
 from reinpp.adaptation.proposals import ProposalStore
 from reinpp.adaptation.rein_a import Adaptation, ReinA
@@ -26,14 +26,7 @@ from reinpp.training.run_folder import Stopped
 from reinpp.training.train import fit
 
 KILLS, ITERATIONS = 30, 40
-RESULTS = Path(__file__).with_name("results.json")  # what docs/broken.md shows
 torch.set_num_threads(1)
-
-
-def note(**counts):
-    "Add to the results that are shown."
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(known | counts, indent=1, sort_keys=True) + "\n")
 
 
 def objective(method):
