@@ -20,12 +20,12 @@ from pathlib import Path
 from .adaptation import proposals
 from .adaptation.engines import ENGINES
 from .data import check
+from .doctor import examine
 from .files import data_folder, file_size
 from .models.export import export
 from .models.segmenter import load_segmenter
 from .own_data import OwnData, Task
 from .paper import runs
-from .doctor import examine
 from .paper.experiments import PRESETS, open_domain
 from .prediction import VALUES, complain, device_of, predict, use_of
 from .training.evaluation import evaluate, evaluate_set

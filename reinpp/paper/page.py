@@ -26,8 +26,8 @@ from reinpp.paper.report import (
     footer,
     found,
     mark_best,
-    narrow,
     mean_spread,
+    narrow,
     paper_table,
     verdicts,
 )
