@@ -8,6 +8,7 @@ __all__ = ['Task', 'OwnData', 'Looked']
 # %% ../nbs/65_own_data.ipynb #8e01247d
 import hashlib
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from .data.check import Report, check as check_files
 from .data.datasets import Dataset, concat
 from .data.sampling import class_statistics
 from .data.transforms import TrainTransform
-from .files import Progress, check_choice, data_folder, duration, file_size, write_together
+from .files import PROGRESS, Between, Progress, check_values, data_folder, duration, file_size, write_together
 from .labels import IGNORE, ClassList, class_list
 from .models.adapter_files import IDENTITY, adapter_folder, read_adapter
 from .models.segmenter import create_segmenter, load_segmenter
@@ -68,19 +69,19 @@ class Task:
     progress: str = "auto"  # one of `files.PROGRESS`
 
 
-def _check_numbers(task: Task) -> None:
-    "Nothing comes back. ValueError for a value of another type, or an unknown choice."
-    least = dict(iterations=1, source_iterations=1, batch_size=1, crop=1, pictures_every=1, workers=0, seed=0)
-    for name, low in least.items():
-        value = getattr(task, name)
-        if value is None and name != "seed": continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            none = "" if name == "seed" else ", or None"
-            raise ValueError(f"{name}={value!r}: use a whole number from {low} up{none}")
-    check_choice("preset", task.preset, (None, *PRESETS))
-    check_choice("engine", task.engine, (None, *ENGINES))
-    if not isinstance(task.options, dict):
-        raise ValueError(f"options={task.options!r} is no table of settings: write -y 'options: {{tau: 0.9}}'")
+_TEXT, _COUNT = re.compile(r"[^\0\n]{1,4000}"), Between(1, 10**7)
+_KNOWN = {name: (None, _TEXT) for name in ("data_root", "output", "start", "backbone", "proposals", "device")} | {
+    name: (None, _COUNT) for name in ("iterations", "source_iterations", "batch_size", "pictures_every")} | dict(
+    source=_TEXT, target=(None, _TEXT, [_TEXT]), classes=(None, _TEXT, [_TEXT]), preset=(None, *PRESETS), options=dict,
+    crop=(None, Between(4, 4096)), engine=(None, *ENGINES), workers=(None, Between(0, 1024)), checkpointing=bool,
+    seed=Between(0, 2**32 - 1), progress=PROGRESS)
+
+
+def _check_task(task: Task) -> None:
+    "Nothing comes back. ValueError for a value of another type or size, or an unknown choice."
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(task).items()}
+    check_values("parameters", given, _KNOWN)
+    if task.target == []: raise ValueError("target=[]: no folder and no dataset:split to adapt to")
 
 
 def _check_machine(backbone: str, engine: str | None, device: str | None, made: bool) -> None:
@@ -133,13 +134,16 @@ class OwnData:
     network to fetch it."""
 
     def __init__(self, task: Task):
-        _check_numbers(task)
+        _check_task(task)
         self.task, self.classes = task, class_list(task.classes)
         self.start = adapter_folder(task.start) if task.start else None
         self.given = config = read_adapter(self.start)[0] if self.start else None
         backbone = task.backbone or (config["backbone"] if config else PRESETS[task.preset or "tiny"].model["backbone"])
         self.preset = p = PRESETS[task.preset or ("tiny" if backbone == "tiny" else "paper")]
         self.engine = None if task.target is None else task.engine or p.adaptation["engine"]
+        self.source_iterations = task.source_iterations or p.training["iterations"]
+        self.iterations = task.iterations or p.adapt_training["iterations"]
+        self.settings = self._settings()
         self._check_start(backbone)
         _check_machine(backbone, self.engine, task.device, self.start is not None)
         self.device = torch.device(task.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -148,9 +152,18 @@ class OwnData:
         self.model = dict(p.model, backbone=backbone, num_classes=len(self.classes.names),
             image_size=task.crop or p.model["image_size"])
         if config: self.model = {k: config[k] for k in IDENTITY} | dict(image_size=self.crop)
-        self.source_iterations = task.source_iterations or p.training["iterations"]
-        self.iterations = task.iterations or p.adapt_training["iterations"]
         self._open_sides()
+
+    def _settings(self) -> dict:
+        "Rein-A's: the preset's, and the task's options. ValueError for one that it does not take."
+        a = self.preset.adaptation
+        settings = {k: v for k, v in a.items() if k not in ("engine", "reduction", "stm")} | dict(
+            stm_warmup=min(a.get("stm_warmup", 0), self.iterations // 4)) | self.task.options
+        try:
+            self.adaptation = Adaptation(**{k: self.preset.data[k] for k in ("rcs", "num_points")} | settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"options: {error}") from None
+        return settings
 
     def _check_start(self, backbone: str) -> None:
         "Nothing comes back. ValueError where the adapter to start from is of other classes or another backbone."
@@ -299,26 +312,18 @@ def propose(self: OwnData) -> dict[str, float]:
 @patch
 def adapt(self: OwnData) -> dict:
     "The record of training. The adapter is saved in `adapter/`, with how it is used."
-    t, a = self.task, self.preset.adaptation
-    n = len(self.target)
+    t, n = self.task, len(self.target)
     self.few = [i * n // min(20, n) for i in range(min(20, n))]  # of which the scorecard is made
     self.before = self.look("before", range(n) if self.truth is not None else self.few), self.card()
-    settings = {k: v for k, v in a.items() if k not in ("engine", "reduction", "stm")} | dict(
-        stm_warmup=min(a.get("stm_warmup", 0), self.iterations // 4)) | t.options
     torch.manual_seed(t.seed)
-    try:
-        kept = dict(rcs=self.preset.data["rcs"], num_points=self.preset.data["num_points"]) | settings
-        objective = ReinA(self.segmenter, self.source, self.target, self.transform, *self.masks,
-            stm=STM.like(self.segmenter, **a["stm"]), settings=Adaptation(**kept))
-    except TypeError as error:
-        raise ValueError(f"options: {error}") from None
-    self.settings = settings
-    self.run = self.output / f"rein_a-{_named(self.decides(), self.iterations, self.engine, settings)}"
+    objective = ReinA(self.segmenter, self.source, self.target, self.transform, *self.masks,
+        stm=STM.like(self.segmenter, **self.preset.adaptation["stm"]), settings=self.adaptation)
+    self.run = self.output / f"rein_a-{_named(self.decides(), self.iterations, self.engine, self.settings)}"
     every = max(1, self.iterations // 4)
     self.record = fit(objective, run_dir=self.run, log_every=max(1, self.iterations // 20),
         checkpoint_every=min(500, every), pictures_every=t.pictures_every or every, **self.training("rein_a"))
-    record = dict(source=t.source, target=t.target, training=self.record)
-    write_use(self.segmenter.save_adapter(self.output / "adapter", record=record), self.use)
+    write_use(self.segmenter.save_adapter(self.output / "adapter", record=dict(source=t.source, target=t.target,
+        training=self.record)), self.use)
     return self.record
 
 # %% ../nbs/65_own_data.ipynb #adb65322

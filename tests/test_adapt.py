@@ -193,7 +193,7 @@ def test_the_pages_own_start_is_fine(tmp_path):
     (dict(seed=-1), "seed=-1"), (dict(preset="huge"), "preset='huge'"),
     (dict(engine="sam9"), "engine='sam9'"), (dict(options="tau"), "options='tau'"),
     (dict(options={"tau": "0.9"}), "options: Rein-A's settings: tau='0.9'"), (dict(options={"thau": 1}), "thau"),
-    (dict(classes=3), "classes=3"), (dict(classes=["road", 3]), "classes="), (dict(target=[]), "no datasets"),
+    (dict(classes=3), "classes=3"), (dict(classes=["road", 3]), "classes="), (dict(target=[]), "target=[]"),
     (dict(target=3), "target=3"), (dict(source=None), "source=None"), (dict(output=3), "output=3"),
     (dict(seed=2**64), "seed="), (dict(workers=10**6), "workers=1000000"),
     (dict(classes="none.csv"), "classes: no file none.csv"), (dict(classes=None), "say what the values in"),
