@@ -79,8 +79,8 @@ def check_proposals(
             header, tensors = file.metadata() or {}, set(file.keys())
     except Exception as error:
         raise ValueError(f"{path} is not a readable proposals file ({error})") from None
-    absent = {"engine", "key", "name", "reduction", "height", "width"} - header.keys()
-    if header.get("format") != FORMAT or tensors != {"bits", "scores", "boxes"} or absent:
+    strange = {"format", "engine", "key", "name", "reduction", "height", "width"} ^ header.keys() - {"sha256"}
+    if header.get("format") != FORMAT or tensors != {"bits", "scores", "boxes"} or strange:
         raise ValueError(f"{path} is not a proposals file of format {FORMAT}")
     if engine not in (None, header["engine"]):
         raise ValueError(f"{path} was made by engine {header['engine']!r}, not {engine!r}")

@@ -71,8 +71,9 @@ def last_lease(folder: Path, name: str) -> tuple[int, dict | None]:
     if not files: return -1, None
     try:
         who = json.loads(files[-1].read_text())
-    except ValueError:  # its maker died between making and writing it: only its age tells
-        who = {}
+    except ValueError: who = None
+    if type(who) is not dict or type(who.get("pid")) is not int or not 0 < who["pid"] < 2**31:
+        who = {}  # its maker died between making and writing it: only its age tells
     return int(files[-1].suffix[1:]), who
 
 
@@ -82,7 +83,6 @@ def _held(path, who, dead):
     if who.get("host") == socket.gethostname() and not process_exists(who["pid"]): return False
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".now-") as now:
         return os.stat(now.name).st_mtime - path.stat().st_mtime < dead
-
 
 # %% ../../nbs/58_launch.ipynb #58a0000a
 def in_order(experiments: Iterable[Experiment]) -> list[Experiment]:

@@ -121,7 +121,7 @@ def test_two_thousand_steps_in_flat_memory(tmp_path):
         after(iteration)
         if iteration % 250 == 249: seen.append(state_of_process())
     made.after_step = look
-    fit(made, STEPS, 1, run_dir=tmp_path / "run", log_every=1, checkpoint_every=250, progress="none", device="cpu")
+    fit(made, STEPS, 2, run_dir=tmp_path / "run", log_every=1, checkpoint_every=250, progress="none", device="cpu")
     (first, fds), (last, still) = seen[1], seen[-1]
     grown = max(0, last - first)
     note(**{"2,000 steps": dict(steps=STEPS, kilobytes_grown_after_500=grown // 1000,

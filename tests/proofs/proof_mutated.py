@@ -45,7 +45,7 @@ from reinpp.models.adapter_files import SETTINGS, WEIGHTS, read_adapter
 from reinpp.models.export import export, load_program
 from reinpp.models.segmenter import load_segmenter, tiny_segmenter
 from reinpp.paper.experiments import Ledger
-from reinpp.paper.launch import last_lease
+from reinpp.paper.launch import Lease
 from reinpp.prediction import read_use
 from reinpp.training.run_folder import RunFolder
 from reinpp.watch import headline, read_log
@@ -404,7 +404,7 @@ def lease(folder):
     return file
 
 
-READERS["lease of a run"] = Reader(lease, lambda file: last_lease(file.parent, "abc"), altered_json, 300)
+READERS["lease of a run"] = Reader(lease, lambda file: Lease.take(file.parent, "abc") is None, altered_json, 300)
 
 
 def class_table(folder):
