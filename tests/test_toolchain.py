@@ -94,13 +94,15 @@ def test_environment_has_the_same_pins(constraints, requirements):
 
 
 def test_extras_are_a_part_of_dev(requirements):
-    """Few hard dependencies; what `.[dev]` installs holds every extra but those whose own requirements fight."""
+    """Few hard dependencies; what `.[dev]` installs holds every extra.
+
+    But the browser's, and those whose own requirements fight."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert {"notebooks", "onnx", "quantize", "video", "sam", "cluster", "docs"} <= set(extras)
     hard = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     for name, texts in extras.items():
-        for one in map(Requirement, texts if name not in ("sam", "corruptions") else ()):
+        for one in map(Requirement, texts if name not in ("sam", "corruptions", "browser") else ()):
             assert str(requirements[canonicalize_name(one.name)].specifier) == str(one.specifier), f"{name}: {one}"
             assert name == "dev" or canonicalize_name(one.name) not in hard, f"{name}: {one} is installed anyway"
 
@@ -268,7 +270,7 @@ tools += "pytest sam2 matplotlib".split()
 extra = "cv2 pandas skimage scipy torchmetrics transformers peft".split()
 sys.modules.update(dict.fromkeys(tools + extra))  # None: importing it raises ModuleNotFoundError
 for room in ROOMS:
-    if room.startswith("paper."):
+    if room.startswith("paper.") or room in ("command_line", "doctor", "own_data"):
         for name in extra:
             sys.modules.pop(name, None)
     importlib.import_module("reinpp." + room)

@@ -160,7 +160,7 @@ def engine_options(
         if name not in known:
             has = ", ".join(known) or "none"
             raise ValueError(f"engine {function.__name__!r} has no option {name!r}; it has {has}")
-    kinds = {bool: bool, int: Between(0, 10**6), float: Between(0.0, 1e6), str: str}
+    kinds = {bool: bool, int: Between(0, 10**6), float: Between(-1e6, 1e6), str: str}
     rules = {p.name: kinds.get(p.annotation) for p in parameters}
     check_values(f"engine {function.__name__!r}", {k: v for k, v in options.items() if rules[k]}, rules)
     chosen = known | getattr(function, "fixed", {}) | options
