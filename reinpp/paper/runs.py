@@ -249,6 +249,7 @@ def run(
 def _check_engine(experiment, runs):
     "Nothing comes back. Raises FileNotFoundError where proposals are to be made, and the engine lacks something."
     a = experiment.adaptation
+    if not experiment.model.get("pretrained", True): return  # random weights, of SAM too: a rehearsal
     if not a.get("use_stm", True) or find_adapter(experiment, runs) is not None: return
     kept = [proposals_folder(experiment, domain, runs) for domain in (experiment.source, experiment.target)]
     if all(folder is None or (folder / "manifest.json").exists() for folder in kept): return
