@@ -231,6 +231,13 @@ def test_table7_times_this_machine(tmp_path, capsys):
     assert table["trained, backbone's side"].tolist() == ["0", "63,937"] and float(table["file, MB"]["Rein-G"]) < 2
 
 
+def test_table12_times_every_row_of_its_preset(tmp_path):
+    _, namespace = run("table12", cells=5, **quiet(tmp_path, "table12", run_missing=True, steps=1))
+    found = namespace["measured"]
+    assert list(found.index) == ["Rein-A", "Full"] and float(found["s / iteration"]["Full"]) > 0
+    assert float(found["stored (MB)"]["Full"]) > 4 * float(found["stored (MB)"]["Rein-A"])
+
+
 def test_a_figure_is_the_same_file_twice(tmp_path):
     for folder in ("a", "b"):
         run("fig2", **quiet(tmp_path, "fig2", output=str(tmp_path / folder), results=str(tmp_path / "empty")))

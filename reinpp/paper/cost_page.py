@@ -111,7 +111,8 @@ def profile(
 ) -> tuple[dict, dict]:
     "Seconds of each pass (empty: out of memory), and the row's line of a table."
     e = plan(page.preset, **dict(target=page.targets[0]) | page.rows[label])
-    preset, model = ("paper", e.model | dict(backbone=backbone)) if backbone else (page.preset, e.model)
+    model = dict(adapter_args={}) | e.model  # a full training has none, where the preset has some
+    preset, model = ("paper", model | dict(backbone=backbone)) if backbone else (page.preset, model)
     line = {"backbone": model["backbone"], "batch": e.training["batch_size"]}
     try:
         seconds, peak, job = passes(Row("rein_a", preset, e.training["batch_size"], model), steps)
