@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .data.catalog import DATASETS, OnDisk
-from .files import data_folder, device_name
+from .files import data_folder, device_name, runs_folder
 from .models.backbones import BACKBONES
 from .paper.cells import tables
 from .paper.experiments import PRESETS, open_domain
@@ -93,7 +93,7 @@ def examine(data_root: str | Path | None = None) -> dict:
                 found[name] = None
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    caches = {name: folder for name, folder in {"data/runs": data_folder() / "runs", "hugging face": _hub(),
+    caches = {name: folder for name, folder in {"data/runs": runs_folder(), "hugging face": _hub(),
         "torch": Path(torch.hub.get_dir())}.items() if folder.is_dir()}
     return dict(
         versions=versions() | {p: _version(p) for p in _EXTRAS}, commit=commit(), device=device_name(),

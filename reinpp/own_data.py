@@ -30,7 +30,7 @@ from .data.check import Report, check as check_files
 from .data.datasets import Dataset, concat
 from .data.sampling import class_statistics
 from .data.transforms import TrainTransform
-from .files import PROGRESS, Between, Progress, check_values, data_folder, duration, file_size, write_together
+from .files import PROGRESS, Between, Progress, check_values, duration, file_size, runs_folder, write_together
 from .labels import IGNORE, ClassList, class_list
 from .models.adapter_files import IDENTITY, adapter_folder, read_adapter
 from .models.segmenter import create_segmenter, load_segmenter
@@ -84,7 +84,7 @@ def _check_task(task: Task) -> None:
     if task.target == []: raise ValueError("target=[]: no folder and no dataset:split to adapt to")
 
 
-def _check_machine(backbone: str, engine: str | None, device: str | None, made: bool) -> None:
+def _check_machine(backbone: str, engine: str | None, device: str | None) -> None:
     "Nothing comes back. What this machine lacks is an error now, and not after hours."
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: no NVIDIA GPU is visible to torch here: leave it out, or say cpu")
@@ -145,9 +145,9 @@ class OwnData:
         self.iterations = task.iterations or p.adapt_training["iterations"]
         self.settings = self._settings()
         self._check_start(backbone)
-        _check_machine(backbone, self.engine, task.device, self.start is not None)
+        _check_machine(backbone, self.engine, task.device)
         self.device = torch.device(task.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.output = Path(task.output) if task.output else data_folder() / "runs" / "adapt"
+        self.output = Path(task.output) if task.output else runs_folder() / "adapt"
         self.crop = task.crop or p.data["crop"]
         self.model = dict(p.model, backbone=backbone, num_classes=len(self.classes.names),
             image_size=task.crop or p.model["image_size"])

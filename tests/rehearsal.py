@@ -24,12 +24,12 @@ from reinpp.paper.launch import launch_local
 from reinpp.paper.page import numbers, parameters_of
 from reinpp.paper.runs import CHECKPOINT
 from reinpp.paper.servers import PARTS, asked, enter_answer
+from reinpp.training.evaluation import CONDITIONS
 
 PRESET = "rehearsal"
 ROOT = Path(__file__).resolve().parent.parent
 FRAMES = {"train": 2, "val": 1, "test": 1}  # images of a split
 MAPILLARY = (3264, 2448)  # width, height: its images have many sizes, this is a frequent one
-CONDITIONS = ("fog", "night", "rain", "snow")
 
 
 def parts():

@@ -81,7 +81,8 @@ def adapters(folder):
     segmenter = tiny_segmenter(num_classes=5)
     config, state = segmenter.config, segmenter.trained_state()
     for key, value in (("backbone", "hf-hub:a/b"), ("backbone", f"local-dir:{folder.parent}"),
-                       ("backbone_args", dict(pretrained_cfg=dict(url="http://127.0.0.1:9/x"), cache_dir="/tmp/x")),
+                       ("backbone_args", dict(pretrained_cfg=dict(url="http://127.0.0.1:9/x"),
+                           cache_dir=str(folder.parent / "x"))),
                        ("backbone_args", dict(checkpoint_path=str(folder.parent / "x.pth"))),
                        ("record", dict(key="../../x", __class__="os.system"))):
         signed(folder, config | {key: value}, state)

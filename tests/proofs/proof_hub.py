@@ -131,7 +131,7 @@ CASES = {  # name -> (the files, given a good adapter and a mark; what is listed
     "as it should be": (lambda good, mark: good, (), {}),
     "more files, some with ../": (
         lambda good, mark: good | {"pytorch_model.bin": planted(mark), "run.py": b"1", "../../evil": b"1"},
-        (SETTINGS, WEIGHTS, "pytorch_model.bin", "run.py", "../../evil", "/tmp/evil", "..\\evil", f"../{WEIGHTS}"), {}),
+        (SETTINGS, WEIGHTS, "pytorch_model.bin", "run.py", "../../evil", "/evil", "..\\evil", f"../{WEIGHTS}"), {}),
     "names that lead elsewhere": (
         lambda good, mark: good, (f"../../{SETTINGS}", f"/{WEIGHTS}", f"a/../../{SETTINGS}"), {}),
     "other names": (lambda good, mark: {"other.json": b"{}"}, (), {}),
