@@ -3,6 +3,7 @@
 A training is a forked child of this process, so that thirty kills take minutes. Its end state must be that of a run
 that nobody disturbed, bit for bit."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,12 +21,17 @@ from reinpp.adaptation.rein_a import Adaptation, ReinA
 from reinpp.adaptation.stm import STM
 from reinpp.data.catalog import open_dataset
 from reinpp.data.transforms import TrainTransform
+from reinpp.models.adapter_files import WEIGHTS
 from reinpp.models.segmenter import tiny_segmenter
+from reinpp.paper import runs
+from reinpp.paper.experiments import Ledger, plan
 from reinpp.training.generalize import Generalize
 from reinpp.training.run_folder import Stopped
 from reinpp.training.train import fit
 
 KILLS, ITERATIONS = 30, 40
+RUN = dataclasses.replace(plan("tiny", "rein_g", limit_iterations=3), source="scenes:train[:4]",
+    evaluate_on=("scenes:val[:1]", "scenes:night/val[:1]"))
 torch.set_num_threads(1)
 
 
@@ -103,6 +109,52 @@ def test_killed_at_random(undisturbed, tmp_path):
     assert logged == list(range(5, ITERATIONS + 1, 5)), "each line once"
     note(**{f"killed, {method}": dict(kills=kills, while_writing=writing, ends=ends + 1, other_states=others)})
     assert others == 0
+
+WRITES = ("replace", "link", "unlink", "fsync")  # each changes what lies on the disk
+
+
+def run_until(step, folder):
+    "A child that makes a run of the ledger and kills itself at its `step`-th call that writes; its exit status."
+    pid = os.fork()
+    if pid: return ended(pid)
+    left, real = step, {name: getattr(os, name) for name in WRITES}
+
+    def counted(name):
+        def call(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+            return real[name](*arguments, **options)
+        return call
+
+    for name in WRITES: setattr(os, name, counted(name))
+    status = 1
+    try:
+        runs.run(RUN, Ledger(folder / "results"), folder / "runs", progress="none", device="cpu", checkpoint_every=1)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def test_killed_inside_every_write(tmp_path):
+    "At each write of a run in turn: of its checkpoints, its adapter, the parts of its evaluation, its record."
+    assert run_until(0, tmp_path / "whole") == 0
+    (whole,) = Ledger(tmp_path / "whole" / "results").all()
+    kept = tmp_path / "whole" / "runs" / RUN.training_key / "adapter" / WEIGHTS
+    kills, others, status = 0, 0, -signal.SIGKILL
+    while status == -signal.SIGKILL:
+        folder = tmp_path / str(kills)
+        status = run_until(kills + 1, folder)
+        kills += status == -signal.SIGKILL
+        assert run_until(0, folder) == 0
+        (record,) = Ledger(folder / "results").all()
+        same = [record[part] == whole[part] for part in ("key", "config", "metrics", "scores")]
+        found = folder / "runs" / RUN.training_key / "adapter" / WEIGHTS
+        others += not (all(same) and found.read_bytes() == kept.read_bytes())
+        shutil.rmtree(folder)
+    assert status == 0
+    note(**{"killed inside every write of a run": dict(kills=kills, other_states=others)})
+    assert kills >= 30 and others == 0
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"])
