@@ -300,3 +300,17 @@ def test_a_wide_table_is_small_and_a_narrow_one_as_it_was():
     few = wide[["class 1", "class 2"]]
     assert narrow(few) is few
     assert "vertical-rl" in narrow(mark_best(wide, ["class 1"])).to_html()
+
+
+PLACED = [f"table{n}" for n in range(1, 14)] + ["fig1", "fig2", "fig5", "fig6", "reproduce", "search", "scorecard"]
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_every_page_says_where_its_runs_lie(name):
+    assert "runs" in defaults(name)
+
+
+def test_a_page_keeps_its_runs_where_it_is_told(few_scenes, tmp_path):
+    given = few_scenes | dict(rows=["Freeze"], runs=str(tmp_path / "elsewhere"))
+    run("table5", **quiet(tmp_path, "table5", **given))
+    assert list((tmp_path / "elsewhere").glob("*/adapter")) and not (tmp_path / "data" / "runs").exists()

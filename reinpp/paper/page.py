@@ -74,7 +74,7 @@ class Opened:
         self.of_paper = self.preset in OF_PAPER
         self.lengths = dict(limit_iterations=g.get("limit_iterations"),
             short_iterations=None if self.of_paper else g.get("short_iterations"))
-        self.ledger = Ledger(g.get("results"))
+        self.ledger, self.runs = Ledger(g.get("results")), g.get("runs")
         first = [] if self.of_paper else [label for label in self.table.first if label in self.rows]
         self.asked = self._labels(g.get("rows")) or first or list(self.rows)
         about, more = self.table.about(self.preset), g.get("targets") or []
@@ -90,7 +90,7 @@ class Opened:
         "Print what rows that were asked for lack here, before anything is made: a line for each thing."
         rows, lacks = {label: self.rows[label] for label in self.asked}, {}
         found_here = preflight(self.preset, rows, self.given.get("seeds", (0,)), self.train_for,
-            self.given.get("data_root"), results=self.given.get("results")) if self.given.get("run_missing") else {}
+            self.given.get("data_root"), self.runs, self.given.get("results")) if self.given.get("run_missing") else {}
         for label, lines in found_here.items():
             for line in lines: lacks.setdefault(line, []).append(label)
         for line, labels in lacks.items():
@@ -129,9 +129,10 @@ class Shown(Opened):
     def fill(self, **options) -> None:
         "Make what is missing of the rows that were asked for; `failed` holds, by row, why one could not be made."
         runs = wanted(self.preset, {label: self.rows[label] for label in self.asked}, self.given["seeds"],
-            self.train_for, self.ledger, **self.lengths)
+            self.train_for, self.ledger, **self.lengths, runs=self.runs)
         options = {k: self.given[k] for k in ("workers", "checkpointing") if k in self.given} | options
-        why = fill(list(runs.values()), self.ledger, self.given["run_missing"], self.given["data_root"], **options)
+        why = fill(list(runs.values()), self.ledger, self.given["run_missing"], self.given["data_root"], self.runs,
+            **options)
         self.failed = {label: why[e.key] for (label, *_), e in runs.items() if e.key in why}
 
     def records(self, label: str, target: str | None = None) -> list[dict]:
@@ -303,7 +304,7 @@ class Page(Shown):
 
     def export(self) -> None:
         "What was shown, as CSV, LaTeX and HTML, into `output` or data/runs/<name>."
-        folder = self.given.get("output") or runs_folder() / self.name
+        folder = self.given.get("output") or runs_folder(self.runs) / self.name
         names = []
         for title, table in self.shown.items():
             name = "".join(c if c.isalnum() else "_" for c in f"{self.name} {title}".lower())
@@ -370,7 +371,7 @@ def save_figure(page: Shown, fig, **options) -> None:
 
     import matplotlib.pyplot as plt
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": page.name})
-    folder = Path(page.given.get("output") or runs_folder() / page.name)
+    folder = Path(page.given.get("output") or runs_folder(page.runs) / page.name)
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{page.name}.svg", metadata=dict(Date=None), **options)
     fig.savefig(folder / f"{page.name}.png", **options)
