@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from .data.catalog import DATASETS, OnDisk
-from .files import data_folder, device_name, runs_folder
+from .files import data_folder, runs_folder
 from .models.backbones import BACKBONES
 from .paper.cells import tables
 from .paper.experiments import PRESETS, open_domain
 from .paper.runs import commit, versions
 from .paper.tables import missing_for_paper, preflight
+from .work import device_name
 
 # %% ../nbs/66_doctor.ipynb #a16868e2
 _EXTRAS = ("torchvision", "timm", "numpy", "papermill", "ipywidgets", "sam2", "segment_anything", "peft", "onnx", "av")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from .files import duration
 from .training.run_folder import Stopped
+from .work import duration
 
 # %% ../nbs/64_watch.ipynb #64a00006
 def read_log(

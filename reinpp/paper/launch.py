@@ -20,11 +20,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import check_choice, duration, runs_folder, write_atomically
+from ..files import check_choice, runs_folder, write_atomically
 from .experiments import Experiment, Ledger
 from .runs import find_adapter, run
 from .tables import lacking, reason_of
 from ..training.run_folder import process_exists
+from ..work import duration
 
 # %% ../../nbs/58_launch.ipynb #58a00006
 HEARTBEAT, DEAD = 30, 600  # seconds from one touch to the next, and until a lease counts as left

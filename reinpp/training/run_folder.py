@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 
-from ..files import BadFile, device_name, naming, write_atomically
+from ..files import BadFile, naming, write_atomically
 from ..processes import broadcast, get_rank
+from ..work import device_name
 
 # %% ../../nbs/36_run_folder.ipynb #6b102ce0
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
