@@ -96,6 +96,14 @@ def test_the_loop_knows_no_method():
 
 
 @pytest.mark.parametrize("room, path", rooms().items(), ids=list(GRAPH))
+def test_imports_at_the_top_are_relative(room, path):
+    "An import over several lines is not: nbdev turns single ones alone."
+    for node in ast.parse(path.read_text()).body:
+        absolute = isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == "reinpp"
+        assert not absolute, f"{path.name}:{node.lineno} names reinpp: write the import in single lines"
+
+
+@pytest.mark.parametrize("room, path", rooms().items(), ids=list(GRAPH))
 def test_private_names_stay_at_home(room, path):
     "What another room imports has no leading underscore."
     for node in ast.walk(ast.parse(path.read_text())):

@@ -59,7 +59,7 @@ def check_parameters(
         if isinstance(value, str) or not (value is None or hasattr(value, "__iter__")):
             raise ValueError(f"{name}={value!r} is not a list: write -y '{name}: [...]'")
     for row in rows or (): check_choice("rows", row, known_rows)
-    known = [t for name, p in PRESETS.items() if preset in (name, "auto") for t in p.targets]
+    known = dict.fromkeys(t for name, p in PRESETS.items() if preset in (name, "auto") for t in p.targets)
     for target in targets or (): check_choice("targets", target, known)
     for seed in seeds or ():
         if type(seed) is not int or seed < 0:
