@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from .data.catalog import DATASETS, OnDisk
-from .files import data_folder, device_name, runs_folder
-from .models.backbones import BACKBONES
+from .files import data_folder, runs_folder
 from .paper.cells import tables
 from .paper.experiments import PRESETS, open_domain
 from .paper.runs import commit, versions
-from .paper.tables import missing_for_paper, preflight
+from .paper.tables import hub_folder, lacking_weights, missing_for_paper, preflight
+from .work import device_name
 
 # %% ../nbs/66_doctor.ipynb #a16868e2
 _EXTRAS = ("torchvision", "timm", "numpy", "papermill", "ipywidgets", "sam2", "segment_anything", "peft", "onnx", "av")
@@ -47,25 +47,8 @@ def what_lacks(preset: str, data_root: str | Path | None = None) -> list[str]:
                     open_domain(domain, data_root)
             except (ValueError, OSError) as error:
                 lacks.append(str(error))
-    lacks += _missing_weights(p.model["backbone"])
+    lacks += filter(None, [lacking_weights(p.model["backbone"])])
     return [line.replace(f"{data_folder().parent}/", "") for line in dict.fromkeys(lacks)]
-
-
-def _missing_weights(name: str) -> list[str]:
-    "One line where a backbone of `BACKBONES` is neither in data/weights nor in the cache."
-    spec = BACKBONES.get(name)
-    if spec is None: return []
-    own = data_folder() / "weights" / (spec.weights or f"{spec.timm_name}.safetensors")
-    cached = _hub().glob(f"models--timm--{spec.timm_name}*/snapshots/*/*")
-    if own.exists() or any(f.suffix in (".safetensors", ".bin") for f in cached): return []
-    return [f"the weights of {name}: the first run fetches timm/{spec.timm_name}, or put them at "
-            f"data/weights/{own.name}"]
-
-
-def _hub() -> Path:
-    "The Hugging Face cache."
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
 
 # %% ../nbs/66_doctor.ipynb #68b89062
 def rows_lacking(
@@ -93,7 +76,7 @@ def examine(data_root: str | Path | None = None) -> dict:
                 found[name] = None
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    caches = {name: folder for name, folder in {"data/runs": runs_folder(), "hugging face": _hub(),
+    caches = {name: folder for name, folder in {"data/runs": runs_folder(), "hugging face": hub_folder(),
         "torch": Path(torch.hub.get_dir())}.items() if folder.is_dir()}
     return dict(
         versions=versions() | {p: _version(p) for p in _EXTRAS}, commit=commit(), device=device_name(),

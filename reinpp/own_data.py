@@ -30,7 +30,7 @@ from .data.check import Report, check as check_files
 from .data.datasets import Dataset, concat
 from .data.sampling import class_statistics
 from .data.transforms import TrainTransform
-from .files import PROGRESS, Between, Progress, check_values, duration, file_size, runs_folder, write_together
+from .files import Between, check_values, file_size, runs_folder, write_together
 from .labels import IGNORE, ClassList, class_list
 from .models.adapter_files import IDENTITY, adapter_folder, read_adapter
 from .models.segmenter import create_segmenter, load_segmenter
@@ -41,6 +41,7 @@ from .prediction import Use, painted, png, scores_of, with_legend, write_use
 from .training.evaluation import iou_from_confusion, scorecard, warn
 from .training.generalize import Generalize
 from .training.train import fit
+from .work import PROGRESS, Progress, duration
 
 # %% ../nbs/65_own_data.ipynb #04348cda
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Task:
     checkpointing: bool = False  # compute the backbone's blocks again in backward: less memory, more time
     seed: int = 0  # of every draw
     device: str | None = None  # None: the GPU if there is one
-    progress: str = "auto"  # one of `files.PROGRESS`
+    progress: str = "auto"  # one of `work.PROGRESS`
 
 
 _TEXT, _COUNT = re.compile(r"[^\0\n]{1,4000}"), Between(1, 10**7)

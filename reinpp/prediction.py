@@ -23,10 +23,11 @@ from torch.nn.functional import interpolate
 
 from .data.datasets import IMAGE_SUFFIXES, read_image
 from .data.transforms import resize_image, short_edge_size
-from .files import Progress, check_choice, read_object, shown, write_atomically, write_together
+from .files import check_choice, read_object, shown, write_atomically, write_together
 from .labels import CLASSES, ID_MAPS, class_colours
 from .models.adapter_files import USE, adapter_folder
 from .models.segmenter import Segmenter, load_segmenter
+from .work import Progress
 
 # %% ../nbs/63_prediction.ipynb #47f8a8a5
 @dataclass(frozen=True)

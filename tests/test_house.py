@@ -86,13 +86,21 @@ def test_no_arrow_between_models_and_data():
 
 def test_every_room_has_a_wing():
     assert {wing(room) for room in GRAPH} <= BELOW.keys()
-    assert {room for room in GRAPH if wing(room) == "ground"} == {"labels", "files", "processes"}
+    assert {room for room in GRAPH if wing(room) == "ground"} == {"labels", "files", "processes", "work"}
 
 
 def test_the_loop_knows_no_method():
     "`training.train` runs any objective: no segmenter, head, loss or adapter, and neither of the two objectives."
     methods = {room for room in GRAPH if room.startswith(("models.", "adaptation."))}
     assert not GRAPH["training.train"] & (methods | {"training.generalize", "training.ema"})
+
+
+@pytest.mark.parametrize("room, path", rooms().items(), ids=list(GRAPH))
+def test_imports_at_the_top_are_relative(room, path):
+    "An import over several lines is not: nbdev turns single ones alone."
+    for node in ast.parse(path.read_text()).body:
+        absolute = isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == "reinpp"
+        assert not absolute, f"{path.name}:{node.lineno} names reinpp: write the import in single lines"
 
 
 @pytest.mark.parametrize("room, path", rooms().items(), ids=list(GRAPH))

@@ -196,6 +196,7 @@ def test_status_says_who_waits_for_whom(tmp_path):
     with launch.Lease.take(tmp_path / "runs" / "leases", runs[0].start.key):
         folder = tmp_path / "runs" / runs[0].start.training_key
         folder.mkdir()
-        (folder / "log.jsonl").write_text(json.dumps(dict(iteration=1000, seconds=60)) + "\n")
+        line = json.dumps(dict(iteration=1000, seconds=60, total=1.5)) + "\n"
+        (folder / "log.jsonl").write_text(line + '{"iteration": 1050, "sec')  # the last one is being written
         said = launch.status(runs, **place).what[0]
         assert said.startswith("1000/4000, 3 min left on ")

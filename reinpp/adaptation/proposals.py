@@ -23,18 +23,8 @@ from safetensors.torch import load, save
 from .engines import ENGINES, engine_options, engine_settings, find_engine
 from .masks import Proposals, grid_size
 from ..data.catalog import open_dataset
-from reinpp.files import (
-    Between,
-    Progress,
-    check_values,
-    cores,
-    data_folder,
-    each,
-    file_size,
-    read_object,
-    shown,
-    write_atomically,
-)
+from ..files import Between, check_values, data_folder, file_size, read_object, shown, write_atomically
+from ..work import Progress, cores, each
 
 # %% ../../nbs/43_proposals.ipynb #0160867f
 FORMAT = "reinpp-proposals-2"

@@ -24,19 +24,15 @@ from ..data.sampling import Sampler, fold
 from ..data.transforms import TrainTransform, hide_blocks, mix_images, random_block_mask
 from ..files import Between, check_values
 from ..labels import IGNORE, colorize
-from reinpp.models.losses import (
-    Target,
-    mask_classification_loss,
-    normalize_scores,
-    normalized_score_loss,
-    paired_loss,
-    targets_from_labels,
-)
+from ..models.losses import Target, mask_classification_loss, paired_loss, targets_from_labels
 from ..models.mask2former import HeadOutput
 from ..models.segmenter import PER_PIXEL, Segmenter
 from ..processes import all_reduce_mean
 from ..training.ema import copy_weights, run_teacher, update_teacher
 from ..training.generalize import Objective, default_transform
+
+# %% ../../nbs/45_rein_a.ipynb #3f1c0d01
+from ..models.losses import normalize_scores, normalized_score_loss
 
 # %% ../../nbs/45_rein_a.ipynb #349addb3
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from .catalog import DATASETS, OnDisk
 from .datasets import POLICIES, Concat, Dataset, Files, read_image, read_label
-from ..files import BadFile, Progress, check_choice, data_folder, each, list_files, read_bytes, write_atomically
+from ..files import BadFile, check_choice, data_folder, list_files, read_bytes, write_atomically
+from ..work import Progress, each
 
 # %% ../../nbs/18_check.ipynb #13c4a9ea
 def _hash(data, size): return hashlib.blake2b(data, digest_size=size).hexdigest()

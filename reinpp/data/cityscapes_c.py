@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 from .datasets import IMAGE_SUFFIXES, Dataset
-from ..files import Progress, check_choice, data_folder, each, write_atomically
+from ..files import check_choice, data_folder, write_atomically
+from ..work import Progress, each
 
 # %% ../../nbs/19_cityscapes_c.ipynb #af199f43
 CORRUPTION_GROUPS = {

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from .datasets import POLICIES, Concat, Dataset, Files, Scenes
-from ..files import BadFile, Member, Progress, each, write_together
+from ..files import BadFile, Member, write_together
 from ..labels import IGNORE
+from ..work import Progress, each
 
 # %% ../../nbs/16_sampling.ipynb #79e514a4
 def fold(

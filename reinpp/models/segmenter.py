@@ -16,19 +16,14 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..files import check_choice
-from reinpp.models.adapter_files import (
-    IDENTITY,
-    SETTINGS,
-    adapter_folder,
-    check_config,
-    check_fits,
-    read_adapter,
-    write_adapter,
-)
+from .adapter_files import IDENTITY, adapter_folder, check_config, check_fits
 from .backbones import IMAGENET_MEAN, IMAGENET_STD, create_backbone, extract_features, patch_size_of
 from .baselines import ADAPTERS, create_adapter
 from .mask2former import HeadOutput, Mask2Former
 from .semantic_fpn import PixelOutput, SemanticFPN
+
+# %% ../../nbs/27_segmenter.ipynb #3f1c0d02
+from .adapter_files import SETTINGS, read_adapter, write_adapter
 
 # %% ../../nbs/27_segmenter.ipynb #1de7ecad
 HEADS = {"mask2former": Mask2Former, "semantic_fpn": SemanticFPN}

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import check_choice, duration, runs_folder, write_atomically
+from ..files import check_choice, runs_folder, write_atomically
 from .experiments import Experiment, Ledger
 from .runs import find_adapter, run
 from .tables import lacking, reason_of
-from ..training.run_folder import process_exists
+from ..training.run_folder import process_exists, read_log
+from ..work import duration
 
 # %% ../../nbs/58_launch.ipynb #58a00006
 HEARTBEAT, DEAD = 30, 600  # seconds from one touch to the next, and until a lease counts as left
@@ -236,14 +237,11 @@ def submit(
 
 # %% ../../nbs/58_launch.ipynb #58a00010
 def _progress(experiment, runs):
-    "Iterations done and seconds left, from the last line of a run's log."
-    total = experiment.training["iterations"]
-    try:
-        line = json.loads((runs / experiment.training_key / "log.jsonl").read_text().splitlines()[-1])
-        done, seconds = int(line["iteration"]), float(line["seconds"])
-    except (OSError, ValueError, IndexError, KeyError):
-        return f"0/{total}"
-    return f"{done}/{total}, {duration(seconds / max(done, 1) * (total - done))} left"
+    "Iterations done and time left, from the last line of a run's log."
+    total, log = experiment.training["iterations"], read_log(runs / experiment.training_key)
+    if not log: return f"0/{total}"
+    done = log[-1]["iteration"]
+    return f"{done}/{total}, {duration(log[-1]['seconds'] / max(done, 1) * (total - done))} left"
 
 
 def status(

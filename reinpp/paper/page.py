@@ -17,22 +17,12 @@ import pandas as pd
 from ..files import data_folder, runs_folder
 from .cells import Cell, cells, printed, tables
 from .experiments import OF_PAPER, PRESETS, Ledger
-from reinpp.paper.report import (
-    across_targets,
-    beside,
-    beside_wide,
-    comparison,
-    export_table,
-    footer,
-    found,
-    mark_best,
-    mean_spread,
-    narrow,
-    paper_table,
-    verdicts,
-)
+from .report import export_table, footer, found, mark_best, mean_spread, narrow, paper_table, verdicts
 from .servers import answers
 from .tables import check_names, check_parameters, choose_preset, fill, preflight, wanted
+
+# %% ../../nbs/56_page.ipynb #3f1c0d03
+from .report import across_targets, beside, beside_wide, comparison
 
 # %% ../../nbs/56_page.ipynb #bcaeef9f
 def parameters_of(name: str) -> dict:

@@ -25,7 +25,7 @@ from ..adaptation.stm import STM
 from ..data.datasets import concat, take
 from ..data.sampling import STATISTICS, Sampler
 from ..data.transforms import TrainTransform
-from ..files import data_folder, device_name, duration, file_size, runs_folder, write_atomically
+from ..files import data_folder, file_size, runs_folder, write_atomically
 from ..models.adapter_files import SETTINGS, read_adapter
 from ..models.official import load_official
 from ..models.segmenter import Segmenter, create_segmenter
@@ -36,6 +36,7 @@ from ..training.evaluation import CONDITIONS, evaluate, evaluate_set, prediction
 from ..training.generalize import Generalize
 from ..training.run_folder import Stopped, locked
 from ..training.train import fit
+from ..work import device_name, duration
 
 # %% ../../nbs/52_runs.ipynb #7d20be95
 CHECKPOINT = "rein_dinov2_citys_1024.pth"  # the name under which the released file is looked for

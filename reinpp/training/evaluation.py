@@ -26,9 +26,10 @@ from ..data.catalog import open_dataset
 from ..data.cityscapes_c import CORRUPTION_GROUPS, CORRUPTIONS, SEVERITIES
 from ..data.datasets import Dataset
 from ..data.transforms import resize_image, short_edge_size
-from ..files import Progress, check_choice, write_together
+from ..files import check_choice, write_together
 from ..labels import CLASSES, IGNORE, overlay
 from ..processes import all_gather, get_rank, get_world_size
+from ..work import Progress
 
 # %% ../../nbs/33_evaluation.ipynb #0297c29e
 def iou_from_confusion(

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import nn
 
 from ..data.datasets import Dataset
-from ..files import Progress
 from ..models.backbones import patch_size_of
 from ..models.mask2former import HeadOutput
 from ..models.rein_g import ReinG
 from ..models.segmenter import Segmenter, window_starts
 from .evaluation import iou_from_confusion
+from ..work import Progress
 
 # %% ../../nbs/35_looks.ipynb #66118121
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset as TorchDataset, default_collate
 
 from ..data.sampling import fold
-from ..files import PROGRESS, BadFile, Progress, check_choice, cores
+from ..files import BadFile, check_choice
 from ..processes import all_gather, all_reduce_gradients, barrier, get_rank, init_process_group, local_batch_size
 from .run_folder import RunFolder, Signals, Stopped, TrainingError, deaf, leave
+from ..work import PROGRESS, Progress, cores
 
 # %% ../../nbs/31_train.ipynb #354d4484
 class _Draws(TorchDataset):

@@ -47,8 +47,8 @@ from reinpp.models.segmenter import load_segmenter, tiny_segmenter
 from reinpp.paper.experiments import Ledger
 from reinpp.paper.launch import Lease
 from reinpp.prediction import read_use
-from reinpp.training.run_folder import RunFolder
-from reinpp.watch import headline, read_log
+from reinpp.training.run_folder import RunFolder, read_log
+from reinpp.watch import headline
 
 LONGEST = 30  # seconds that a reader may take
 torch.set_num_threads(1)
@@ -382,7 +382,7 @@ def log(folder):
     return folder / "log.jsonl"
 
 
-def shown(file): return read_log(file.parent).to_json(), headline(file.parent)
+def shown(file): return json.dumps(read_log(file.parent)), headline(file.parent)
 
 
 READERS["log, as it is watched"] = Reader(log, shown, altered_lines, 400)
