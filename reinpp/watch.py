@@ -43,14 +43,18 @@ def draw(
     log, views = pd.DataFrame(read_log(folder)), sorted((Path(folder) / "views").glob("*.png"))
     shares = [name for name in log if name.startswith("share_")]
     watched = [name for name in _WATCHED if name in log]
-    terms = [n for n in log if n not in ("iteration", "of", "seconds", "lr", *shares, *watched)]
-    parts = [("loss", terms), ("watched", watched), ("classes that the teacher sees", shares)]
+    checks = [name for name in log if name.startswith("check ")]
+    terms = [n for n in log if n not in ("iteration", "of", "seconds", "lr", *shares, *watched, *checks)]
+    parts = [("loss", terms), ("watched", watched), ("classes that the teacher sees", shares), ("checks", checks)]
     parts = [(title, names) for title, names in parts if names]
     figure = Figure(figsize=(9, 4.6 if views else 2.4), layout="constrained", dpi=80)
     curves, *below = figure.subfigures(2, height_ratios=(1, 1)) if views else (figure,)
     for ax, (title, names) in zip(curves.subplots(1, max(1, len(parts)), squeeze=False)[0], parts):
         if names is shares: names = log[shares].mean().nlargest(classes).index
-        for name in names: ax.plot(log.iteration, log[name], label=name.removeprefix("share_"), lw=1)
+        for name in names:
+            seen = log[["iteration", name]].dropna()
+            style = dict(marker=".", ms=4) if names is checks else {}
+            ax.plot(seen.iteration, seen[name], label=name.removeprefix("share_").removeprefix("check "), lw=1, **style)
         ax.set_title(title, fontsize=8)
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=6, ncols=2, loc="upper right")

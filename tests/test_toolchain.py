@@ -99,7 +99,7 @@ def test_extras_are_a_part_of_dev(requirements):
     But the browser's, and those whose own requirements fight."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert {"notebooks", "onnx", "quantize", "video", "sam", "cluster", "docs"} <= set(extras)
+    assert {"notebooks", "onnx", "quantize", "video", "sam", "cluster", "docs", "tensorboard"} <= set(extras)
     hard = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     for name, texts in extras.items():
         for one in map(Requirement, texts if name not in ("sam", "corruptions", "browser") else ()):

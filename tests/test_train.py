@@ -17,6 +17,7 @@ from reinpp.files import BadFile
 from reinpp.models.losses import normalized_score_loss
 from reinpp.models.segmenter import create_segmenter, tiny_segmenter
 from reinpp.training import train
+from reinpp.training.evaluation import evaluate
 from reinpp.training.generalize import Generalize
 from reinpp.training.train import (
     TrainingError,
@@ -303,6 +304,54 @@ def test_pictures_need_a_place_and_a_painter(tmp_path):
     for run_dir in (None, tmp_path):
         with pytest.raises(ValueError, match="pictures_every=1"):
             fit(Toy(), iterations=1, run_dir=run_dir, pictures_every=1, progress="none")
+
+
+def test_checks_leave_the_run_as_it_is(day, night, tmp_path):
+    "Trap: an evaluation between steps that takes from the random stream, or leaves the student in another mode."
+    plain, checked = adapts(small(), day, night), adapts(small(), day, night)
+    options = GO | dict(log_every=1)
+    fit(plain, run_dir=tmp_path / "plain", **options)
+    def check(segmenter):
+        assert not segmenter.training
+        torch.rand(3)
+        return dict(miou=evaluate(segmenter, day)["miou"])
+    fit(checked, run_dir=tmp_path / "checked", check=check, check_every=2, **options)
+    a, b = plain.state_dict(), checked.state_dict()
+    assert all(torch.equal(a[part][n], b[part][n]) for part in ("trained", "teacher") for n in a[part])
+    log = [json.loads(l) for l in (tmp_path / "checked" / "log.jsonl").read_text().splitlines()]
+    found = {row["iteration"]: row["check miou"] for row in log if "check miou" in row}
+    assert list(found) == [i for i in range(1, len(log) + 1) if i % 2 == 0] and 0 <= min(found.values())
+    assert found[len(log)] == evaluate(checked.segmenter.eval(), day)["miou"] or len(log) % 2
+
+
+@pytest.mark.parametrize("wrong", [{}, dict(run_dir=None), dict(check=None)])
+def test_checks_need_a_place_a_rhythm_and_a_question(wrong, tmp_path):
+    given = dict(run_dir=tmp_path, check=lambda segmenter: {}, check_every=50 if wrong else 3) | wrong
+    with pytest.raises(ValueError, match="check_every="):
+        fit(Toy(), iterations=1, progress="none", **given)
+
+
+def test_tensorboard_says_what_the_log_says(day, night, tmp_path):
+    "Cut off after four iterations and gone on with: each iteration once, pictures too."
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("matplotlib").use("Agg")
+    options = GO | dict(iterations=6, log_every=1, run_dir=tmp_path, tensorboard=True, pictures_every=3)
+    fit(adapts(small(), day, night), stop_at=4, **options)
+    (tmp_path / "log.jsonl").write_text((tmp_path / "log.jsonl").read_text() + '{"iteration": 5}\n')
+    fit(adapts(small(), day, night), **options)
+    log = [json.loads(l) for l in (tmp_path / "log.jsonl").read_text().splitlines()]
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    told = events.Scalars("total")
+    assert [e.step for e in told] == [row["iteration"] for row in log] == list(range(1, 7))
+    assert [e.value for e in told] == pytest.approx([row["total"] for row in log])
+    assert [e.step for e in events.Images("views")] == [0, 3]
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'reinpp\[tensorboard\]'"):
+        fit(Toy(), iterations=1, run_dir=tmp_path, tensorboard=True, progress="none")
 
 
 def test_collapse_leaves_the_last_good_checkpoint(day, night, tmp_path):

@@ -90,13 +90,14 @@ def _unpack(file) -> dict:
 # %% ../../nbs/36_run_folder.ipynb #02690b2b
 class RunFolder:
     "How far a training is, and what is kept of it: in a folder, or nowhere."
-    def __init__(self, folder, objective, optimizer, settings, minutes, every, log_every):
+    def __init__(self, folder, objective, optimizer, settings, minutes, every, log_every, tensorboard=False):
         self.folder = Path(folder) if folder else None
         self.writes = bool(folder) and get_rank() == 0
         self.objective, self.optimizer, self.settings = objective, optimizer, settings
         self.minutes, self.every, self.log_every = minutes, every, log_every
         self.done, self.earlier, self.recent, self.unlogged = 0, 0.0, deque(maxlen=1000), []
         self.waited = 0.0  # seconds, for batches
+        self.tensorboard, self.board = tensorboard, None
 
     def resume(self, device) -> int:
         "Iterations that were done before. Raises ValueError where the checkpoint belongs to other settings."
@@ -113,6 +114,9 @@ class RunFolder:
             self.recent.extend(state["recent"])
             self.waited = state.get("waited", 0.0)  # older checkpoints do not say
         if self.writes: self.cut_log()
+        if self.writes and self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
         if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
         self.start = self.saved = time.perf_counter()
         return self.done
@@ -252,6 +256,7 @@ def held(self: RunFolder) -> Iterator[None]:
             if self.writes: self.lock = stack.enter_context(locked(self.folder / ".lock"))
         except RuntimeError as error: busy = str(error)
         if busy := broadcast(busy): raise RuntimeError(busy)
+        stack.callback(lambda: self.board and self.board.close())
         yield
 
 
@@ -288,6 +293,9 @@ def log(self: RunFolder, terms: dict, lr: float) -> None:
     entry = dict(iteration=self.done, of=self.settings["iterations"], seconds=round(self.seconds(), 2), lr=lr,
                  **{k: sum(v) / len(v) for k, v in values.items()})
     with open(self.folder / "log.jsonl", "a") as f: f.write(json.dumps(entry) + "\n")
+    for name, value in entry.items() if self.board else ():
+        if name not in ("iteration", "of"): self.board.add_scalar(name, value, self.done)
+    if self.board: self.board.flush()
 
 
 @patch
@@ -313,6 +321,7 @@ def picture(self: RunFolder, figure: Any, iteration: int) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         write_atomically(self.folder / "views" / f"{iteration:06d}.png", buffer.getvalue())
+        if self.board: self.board.add_figure("views", figure, iteration, close=False)
     close(figure)
 
 

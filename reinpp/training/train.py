@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def learning_rate(iteration: int, iterations: int, power: float = 0.9, warmup: i
     return (1 - (iteration - warmup) / (iterations - warmup)) ** power
 
 # %% ../../nbs/31_train.ipynb #c222677e
-def _check_settings(objective, iterations, batch_size, run_dir, precision, pictures_every, progress):
+def _check_settings(iterations, batch_size, precision, progress):
     "Nothing comes back. Raises ValueError for what `fit` cannot do."
     check_choice("precision", precision, ("auto", "bf16", "float32"))
     check_choice("progress", progress, PROGRESS)
@@ -112,9 +113,26 @@ def _check_settings(objective, iterations, batch_size, run_dir, precision, pictu
             raise ValueError(f"{name}={value!r}: use a whole number from 1 up")
     if iterations < 1 or batch_size < 1:
         raise ValueError(f"iterations={iterations}, batch_size={batch_size}: both must be at least 1")
+
+
+def _check_kept(objective, run_dir, log_every, pictures_every, check, check_every, tensorboard):
+    "Nothing comes back. Raises ValueError for what a run cannot keep, ImportError where TensorBoard is not installed."
     if pictures_every is not None and (pictures_every < 1 or not run_dir or not hasattr(objective, "picture")):
         raise ValueError(f"pictures_every={pictures_every}: give a number from 1 up, a run_dir to write to, and an "
                          "objective that draws pictures (ReinA)")
+    if check_every is not None and (check is None or check_every < 1 or check_every % log_every or not run_dir):
+        raise ValueError(f"check_every={check_every}: give a multiple of log_every ({log_every}), a check, and a "
+                         "run_dir to write to")
+    if tensorboard and not run_dir: raise ValueError("tensorboard=True: give a run_dir to write to")
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ImportError("tensorboard=True: it is not installed: pip install 'reinpp[tensorboard]'")
+
+
+def _checked(check, segmenter) -> dict[str, float]:
+    "What `check` says of the segmenter as it is; it trains on afterwards, and draws what it would have drawn."
+    segmenter.eval()
+    try: return {f"check {name}": float(value) for name, value in check(segmenter).items()}
+    finally: segmenter.train()
 
 
 def _move(objective, device, precision) -> str:
@@ -188,6 +206,9 @@ def fit(
     checkpoint_every: int | None = None,  # iterations from one checkpoint to the next, besides; None: only by time
     log_every: int = 50,  # iterations
     pictures_every: int | None = None,  # iterations from one picture of a step to the next; None: none
+    check: Callable[[nn.Module], dict[str, float]] | None = None,  # numbers of the segmenter as it is, for the log
+    check_every: int | None = None,  # iterations from one check to the next, a multiple of log_every; None: none
+    tensorboard: bool = False,  # log and pictures as TensorBoard's events, too, in run_dir/tensorboard
     stop_at: int | None = None,  # end this call here, with a checkpoint; a later call goes on
     progress: str = "auto",  # "bar", "notebook", "lines", "none"; "auto": what goes with where it runs
 ) -> dict:  # the run's record: iterations, seconds, losses, device, precision, peak memory
@@ -200,7 +221,8 @@ def fit(
     be read; the last checkpoint stays. Asked to stop: `Stopped` (SIGINT, a file `stop` in `run_dir`) or SystemExit,
     with a checkpoint."""
     device = init_process_group(device)
-    _check_settings(objective, iterations, batch_size, run_dir, precision, pictures_every, progress)
+    _check_settings(iterations, batch_size, precision, progress)
+    _check_kept(objective, run_dir, log_every, pictures_every, check, check_every, tensorboard)
     share, precision = local_batch_size(batch_size), _move(objective, device, precision)
     if checkpointing: objective.segmenter.set_grad_checkpointing()
     workers = default_workers(device) if workers is None else workers
@@ -209,7 +231,8 @@ def fit(
     settings = dict(objective=type(objective).__name__, iterations=iterations, batch_size=batch_size, lr=lr,
                     backbone_lr=backbone_lr, weight_decay=weight_decay, power=power, warmup=warmup, clip=clip,
                     seed=seed, precision=precision, parameters=sum(p.numel() for p in named.values()))
-    run = RunFolder(run_dir, objective, optimizer, settings, checkpoint_minutes, checkpoint_every, log_every)
+    rhythm = checkpoint_minutes, checkpoint_every, log_every
+    run = RunFolder(run_dir, objective, optimizer, settings, *rhythm, tensorboard)
     signals = Signals() if run_dir else contextlib.nullcontext(Signals())
     with _loaders_named(run), run.held(), tf32(device, precision == "bf16"), signals as signals:
         done, end, stop = run.resume(device), min(iterations, stop_at or iterations), False
@@ -225,6 +248,7 @@ def fit(
                     run.picture(objective.picture(batch), iteration)
                 torch.manual_seed(fold(seed, iteration, 1))
                 terms, stop = _step(objective, optimizer, batch, iteration, named, clip, run, signals)
+                if check_every and (iteration + 1) % check_every == 0: terms |= _checked(check, objective.segmenter)
                 run.add(terms, lr * factor, last=iteration + 1 == end, stop=stop)
                 report.update(loss=terms["total"])
                 if stop: break
