@@ -60,8 +60,7 @@ def all_ids(
 
 # %% ../nbs/00_labels.ipynb #f01dab02
 IDD_LITE_CLASSES = ("drivable", "non-drivable", "living things", "vehicles", "roadside objects", "far objects", "sky")
-IDD_LITE_FOLD = (0, 1, 5, 4, 4, 4, 4, 4, 5, 1, 6, 2, 2, 3, 3, 3, 3, 3, 3)
-"The class of `IDD_LITE_CLASSES` that each of the 19 belongs to."
+IDD_LITE_FOLD = (0, 1, 5, 4, 4, 4, 4, 4, 5, 1, 6, 2, 2, 3, 3, 3, 3, 3, 3)  # the class above of each trainId
 
 # %% ../nbs/00_labels.ipynb #ce822002
 def palette(
