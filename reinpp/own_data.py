@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 from .adaptation.engines import ENGINES
 from .adaptation.proposals import make_proposals
 from .adaptation.rein_a import Adaptation, ReinA
+from .adaptation.sam import lacking_engine
 from .adaptation.stm import STM
 from .data.catalog import DATASETS, open_dataset
 from .data.check import Report, check as check_files
@@ -34,9 +35,10 @@ from .files import Between, check_values, file_size, runs_folder, write_together
 from .labels import IGNORE, ClassList, class_list
 from .models.adapter_files import IDENTITY, adapter_folder, read_adapter
 from .models.segmenter import create_segmenter, load_segmenter
+from .paper.costs import Job, Row, kept_bytes, time_once
 from .paper.experiments import PRESETS, open_domain
 from .paper.runs import versions
-from .paper.tables import lacking_engine, lacking_weights
+from .paper.tables import lacking_weights
 from .prediction import Use, painted, png, scores_of, with_legend, write_use
 from .training.evaluation import iou_from_confusion, scorecard, warn
 from .training.generalize import Generalize
@@ -119,14 +121,6 @@ def _open(what: str, place: str, labels: bool, classes: ClassList, asked: bool, 
     return dataset
 
 
-def _same_names(dataset: Dataset) -> None:
-    "Nothing comes back. ValueError where predictions would overwrite one another."
-    twice = [name for name, count in Counter(dataset.reader.names).items() if count > 1]
-    if twice:
-        raise ValueError(f"target: two images are called {twice[0]}, and their labels would overwrite one another: "
-                         "rename one")
-
-
 class OwnData:
     """A task on its way: `check`, `histogram`, `estimate`, `generalize`, `propose`, `adapt`, `finish`, in this order.
 
@@ -179,16 +173,19 @@ class OwnData:
     def _open_sides(self) -> None:
         "Source, targets without labels, and where they have some the targets with labels."
         def side(what, place, labels):
-            return _open(what, place, labels, self.classes, self.task.classes is not None, self.task.data_root)
+            return _open(what, place, labels, self.classes, t.classes is not None, t.data_root)
+        def joined(sets): return concat(sets) if len(sets) > 1 else sets[0] if sets else None
         t = self.task
         self.source = side("source", t.source, True)
         places = [] if t.target is None else t.target if isinstance(t.target, list) else [t.target]
         self.targets = [side("target", place, False) for place in places]
         truths = [side("target", place, True) for place in places]
-        self.target = self.targets[0] if len(places) == 1 else concat(self.targets) if places else None
-        self.truth = (concat(truths) if len(truths) > 1 else truths[0]) if truths and all(
-            one.labelled for one in truths) else None
-        if places: _same_names(self.target)
+        self.target = joined(self.targets)
+        self.truth = joined(truths) if all(one.labelled for one in truths) else None
+        twice = [name for name, n in Counter(self.target.reader.names if places else ()).items() if n > 1]
+        if twice:
+            raise ValueError(f"target: two images are called {twice[0]}, and their labels would overwrite one another: "
+                             "rename one")
 
 # %% ../nbs/65_own_data.ipynb #69352e72
 @patch
@@ -232,7 +229,6 @@ def estimate(self: OwnData) -> str:
     """Time and memory that each training will take here, a line each, from a step of the same size on a random batch.
 
     Memory of a GPU is its measured peak; on a CPU that of weights, gradients, moments and what is kept for backward."""
-    from reinpp.paper.costs import Job, Row, kept_bytes, time_once
     kinds = [] if self.given else [("rein_g", "Rein-G on the source")]
     if self.target is not None: kinds.append(("rein_a", "Rein-A on the target"))
     lines, gpu = [], self.device.type == "cuda"

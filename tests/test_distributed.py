@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_resume import flat
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -240,14 +241,6 @@ def alone(tmp_path_factory):
     "The same in this process, each case once."
     folder, made = tmp_path_factory.mktemp("one"), {}
     return lambda name: (made.setdefault(name, None) or made.update({name: train(name, folder)}) or made[name], folder)
-
-
-def flat(state, prefix=""):
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}/")
-        elif isinstance(value, torch.Tensor):
-            yield f"{prefix}{key}", value
 
 
 def close(state, one):

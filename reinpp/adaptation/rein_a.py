@@ -334,8 +334,7 @@ def step(self: ReinA, batch: dict[str, Tensor], iteration: int) -> dict[str, Ten
         terms |= mixed
     if self.settings.use_mask:
         terms |= self.mask_branch(batch, taught, iteration)  # 15: Mask Branch
-    # 20: Total Loss
-    terms["total"] = sum(self.weights[name] * loss for name, loss in terms.items())  # 21: L, eq. 20
+    terms["total"] = sum(self.weights[name] * loss for name, loss in terms.items())  # 20-21: Total Loss L, eq. 20
     return self._watch(terms, watch, taught.pseudo, batch["target_inside"], iteration)
 
 

@@ -312,24 +312,23 @@ def _as_text(column):
     return column.map(lambda v: str(v) if not isinstance(v, float) else "–" if math.isnan(v) else f"{v:.{digits}f}")
 
 
-def _marked(text, columns, best, second, largest=True):
+def _marked(text, columns, best, second):
     "A table of text with the best and the second best of some columns set in patterns; equals are marked alike."
     text = text.copy()
     for column in columns:
         number = pd.to_numeric(text[column].str.extract(r"^([+-]?[0-9.]+)")[0], errors="coerce")
         if number.count() > 1:
-            rank = number.rank(method="dense", ascending=not largest)
+            rank = number.rank(method="dense", ascending=False)
             text[column] = [{1: best, 2: second}.get(r, "%s") % cell for r, cell in zip(rank, text[column])]
     return text
 
 
 def mark_best(
     table: pd.DataFrame,
-    columns: list[str],  # to rank in
-    largest: bool = True,  # the largest is best
+    columns: list[str],  # to rank in, the largest first
 ):  # a pandas Styler
     "The table with the best value of each column in bold, and the second best underlined."
-    return _marked(table.apply(_as_text), columns, "<b>%s</b>", "<u>%s</u>", largest).style
+    return _marked(table.apply(_as_text), columns, "<b>%s</b>", "<u>%s</u>").style
 
 
 def narrow(

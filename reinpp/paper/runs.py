@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'find_adapter', 'find_official', 'build', 'proposals_folder', 'objective_of', 'commit', 'versions',
-           'run', 'estimate', 'schedule', 'main']
+           'run', 'estimate', 'main']
 
 # %% ../../nbs/52_runs.ipynb #9810c153
 import contextlib
@@ -189,14 +189,20 @@ def _train(experiment, segmenter, runs, data_root, made_by, **options):
     return training
 
 
+def _seen(experiment, name):
+    "Window, stride and size of a prediction: the run's, or those of a set's own protocol."
+    paper = experiment.size == "protocol"
+    size = protocol(name, experiment.data["crop"]) if paper else dict(size=experiment.size)
+    return dict(window=experiment.window, stride=experiment.stride) | size
+
+
 def _evaluate(segmenter, domain, experiment, data_root):
     "The metrics of one domain, in the run's windows or under the set's own protocol."
+    name, _, split = domain.partition(":")
     if experiment.size == "protocol":
-        name, _, split = domain.partition(":")
         result = evaluate_set(segmenter, name, split, root=data_root, model_size=experiment.data["crop"])
     else:
-        result = evaluate(segmenter, open_domain(domain, data_root), window=experiment.window,
-            stride=experiment.stride, size=experiment.size)
+        result = evaluate(segmenter, open_domain(domain, data_root), **_seen(experiment, name))
     kept = ("miou", "pixel_accuracy", "iou", "images")
     parts = {name: {k: part[k] for k in kept} for name, part in result.get("parts", {}).items()}
     return {k: result[k] for k in kept} | (dict(parts=parts) if parts else {})
@@ -217,14 +223,12 @@ def _evaluate_all(segmenter, experiment, training, folder, data_root):
 def _score(segmenter, domain, experiment, data_root):
     "The scorecard of one domain, whose labels are not opened: of 20 images (or fewer), spread evenly."
     name, _, split = domain.partition(":")
-    paper = experiment.size == "protocol"
-    seen = protocol(name, experiment.data["crop"]) if paper else dict(size=experiment.size)
     whole = name == "acdc" and "/" not in split  # a set of four parts
     dataset = open_domain("+".join(f"{name}:{c}/{split}" for c in CONDITIONS) if whole else domain, data_root, False)
     count = min(experiment.data.get("scorecard", 20), len(dataset))
-    seen = dict(window=experiment.window, stride=experiment.stride) | seen
+    seen, reduction = _seen(experiment, name), 4 if experiment.size == "protocol" else 2
     seen.pop("shrink", None)  # `fit` bounds both edges
-    return scorecard(segmenter, dataset, make_proposals(dataset, "classical", reduction=4 if paper else 2),
+    return scorecard(segmenter, dataset, make_proposals(dataset, "classical", reduction=reduction),
         indices=[i * len(dataset) // count for i in range(count)], **seen)
 
 # %% ../../nbs/52_runs.ipynb #1c93f5ae
@@ -262,7 +266,7 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
     "The record; with `for_adapter` the adapter is there afterwards, too."
     device, first = init_process_group(options.get("device")), get_rank() == 0
     local_batch_size(experiment.training.get("batch_size", get_world_size()))  # now, not after hours of training
-    cannot = _closed(experiment, data_root)
+    cannot = next(filter(None, (_closed(domain, data_root) for domain in experiment.evaluate_on)), None)
     if cannot and not for_adapter: raise cannot
     if experiment.target:
         open_domain(experiment.target, data_root, labels=False)
@@ -300,12 +304,8 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
     return broadcast(ledger.get(experiment) if first else None)  # as anybody will read it
 
 
-def _closed(experiment, data_root):
-    "The error of the first domain that a run is evaluated on and that cannot be opened; None if all can."
-    return next(filter(None, (_closed_one(domain, data_root) for domain in experiment.evaluate_on)), None)
-
-
-def _closed_one(domain, data_root):
+def _closed(domain, data_root):
+    "The error of a domain that cannot be opened, or None."
     try:
         open_domain(domain, data_root)
     except (OSError, ValueError) as error:
@@ -330,12 +330,10 @@ def _besides_training(experiment, objective, data_root):
         count, each = len(open_domain(domain, data_root, labels=False)), (time.time() - began) / len(store)
         lines[domain, a["engine"]] = (f"proposals of {domain} by {a['engine']}: {each:.2f} s an image, about "
             f"{duration(each * count)} and {file_size(size * count)} of disk, made once")
-    sets = [open_domain(domain, data_root) for domain in experiment.evaluate_on if not _closed_one(domain, data_root)]
+    sets = [open_domain(domain, data_root) for domain in experiment.evaluate_on if not _closed(domain, data_root)]
     if not sets: return lines
     began, name = time.time(), experiment.evaluate_on[0].partition(":")[0]
-    seen = dict(window=experiment.window, stride=experiment.stride)
-    seen |= protocol(name, experiment.data["crop"]) if experiment.size == "protocol" else dict(size=experiment.size)
-    for _ in predictions(objective.segmenter, sets[0], indices=[0], **seen): pass
+    for _ in predictions(objective.segmenter, sets[0], indices=[0], **_seen(experiment, name)): pass
     each, count = time.time() - began, sum(map(len, sets))
     lines[experiment.evaluate_on, experiment.model["backbone"]] = (
         f"an evaluation of {experiment.method} with {experiment.model['backbone']}: {each:.2f} s an image, about "
@@ -378,13 +376,6 @@ def estimate(
     only = len(experiments) - sum(e.training_key in needed for e in experiments)
     rest = f"; trained already, and only to be evaluated: {only}" if only else ""
     return "\n".join([*lines, f"in total about {duration(total)} of training here{rest}", *more.values()])
-
-
-def schedule(hours: list[float], gpus: int) -> float:
-    "Hours that independent runs take on several GPUs: longest first, each to the GPU that is free first."
-    busy = [0.0] * gpus
-    for one in sorted(hours, reverse=True): busy[busy.index(min(busy))] += one
-    return max(busy)
 
 # %% ../../nbs/52_runs.ipynb #eb71fce1
 def main(

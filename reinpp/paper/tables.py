@@ -129,12 +129,12 @@ def wanted(
 
 # %% ../../nbs/54_tables.ipynb #151caf8f
 @cache
-def _online(host="huggingface.co"):
+def _online():
     "Whether weights can be downloaded: asked once, for at most two seconds."
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"): return False
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY")): return True
     try:
-        socket.create_connection((host, 443), timeout=2).close()
+        socket.create_connection(("huggingface.co", 443), timeout=2).close()
     except OSError:
         return False
     return True
@@ -231,14 +231,13 @@ def preflight(
     seeds=(0,),
     targets=(),
     data_root: str | Path | None = None,
-    runs: str | Path | None = None,
     results: str | Path | None = None,
 ) -> dict[str, list[str]]:
     "Row -> one line for each thing that it lacks here; an empty list for a row that can run. Nothing is changed."
-    wants = wanted(preset, rows, seeds[:1], targets, Ledger(results), runs=runs)
+    wants = wanted(preset, rows, seeds[:1], targets, Ledger(results))
     lacks = {label: [] for label in rows}
     for (label, *_), e in wants.items():
-        lacks[label] += lacking(e, data_root, runs, results)
+        lacks[label] += lacking(e, data_root, results=results)
     return {label: list(dict.fromkeys(lines)) for label, lines in lacks.items()}
 
 # %% ../../nbs/54_tables.ipynb #dc2ef559
