@@ -15,8 +15,7 @@ import torch
 from .data.catalog import DATASETS, OnDisk
 from .files import data_folder, runs_folder
 from .paper.cells import tables
-from .paper.experiments import PRESETS, open_domain
-from .paper.runs import commit, versions
+from .paper.experiments import PRESETS, commit, open_domain, versions
 from .paper.tables import hub_folder, lacking_weights, missing_for_paper, preflight
 from .work import device_name
 

@@ -36,8 +36,7 @@ from .labels import IGNORE, ClassList, class_list
 from .models.adapter_files import IDENTITY, adapter_folder, read_adapter
 from .models.segmenter import create_segmenter, load_segmenter
 from .paper.costs import Job, Row, kept_bytes, time_once
-from .paper.experiments import PRESETS, open_domain
-from .paper.runs import versions
+from .paper.experiments import PRESETS, open_domain, versions
 from .paper.tables import lacking_weights
 from .prediction import Use, painted, png, scores_of, with_legend, write_use
 from .training.evaluation import iou_from_confusion, scorecard, warn

@@ -185,7 +185,7 @@ def test_records_of_the_first_version_are_kept_and_shown_nowhere():
 def test_what_changes_no_result_is_in_no_key():
     e = plan("tiny", "rein_a", 0, "night")
     idle = dict(workers=3, checkpointing=True, device="cuda:1", checkpoint_minutes=1,
-        checkpoint_every=5, log_every=7, progress="none")
+        checkpoint_every=5, log_every=7, check_every=7, tensorboard=True, progress="none")
     same = dataclasses.replace(e, training=e.training | idle)
     assert same.config() == e.config() and (same.key, same.training_key) == (e.key, e.training_key)
     assert dataclasses.replace(e, training=e.training | dict(lr=1.0)).training_key != e.training_key
@@ -322,3 +322,21 @@ def test_the_module_is_a_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("runs: target=None is unknown: use one of night")
+
+
+def test_a_run_looks_at_a_few_images_now_and_then(tmp_path, monkeypatch):
+    "What it then logs is of no consequence: the record has the same metrics. Proposals lie where they are told to."
+    monkeypatch.setenv("REINPP_CACHE_ROOT", str(tmp_path / "cache"))
+    small = dataclasses.replace(plan("tiny", "rein_g", limit_iterations=4), source="scenes:train[:4]",
+        evaluate_on=("scenes:val[:6]", "scenes:night/val[:1]"))
+    options = dict(progress="none", log_every=2)
+    found = {name: run(small, Ledger(tmp_path / name), tmp_path / f"runs of {name}", **options, **more)
+        for name, more in dict(plain={}, watched=dict(check_every=2)).items()}
+    assert found["plain"]["metrics"] == found["watched"]["metrics"]
+    log = tmp_path / "runs of watched" / small.training_key / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["check mIoU of scenes:night/val[:1]"] >= 0 for row in rows] == [True, True]
+    assert rows[1]["check mIoU of scenes:val[:6]"] != pytest.approx(found["plain"]["metrics"]["scenes:val[:6]"]["miou"])
+    adapts = plan("tiny", "rein_a", target="night")
+    assert runs.proposals_folder(adapts, adapts.source, tmp_path) == (
+        tmp_path / "cache" / "proposals" / "scenes_train_classical_2")

@@ -149,8 +149,9 @@ def test_preflight_names_what_each_row_lacks(place, tmp_path):
 
 
 def test_a_data_set_that_cannot_be_written(place, tmp_path, monkeypatch, capsys):
-    "Class statistics and proposals are kept with the runs. (Root may write anywhere: it is told otherwise.)"
+    "Class statistics are kept where REINPP_CACHE_ROOT says. (Root may write anywhere: it is told otherwise.)"
     data, real = tmp_path / "data", os.access
+    monkeypatch.setenv("REINPP_CACHE_ROOT", str(tmp_path / "cache"))
     shutil.copytree(place / "data", data)
     monkeypatch.setattr(os, "access", lambda path, mode: real(path, mode) and not (
         mode == os.W_OK and Path(path).is_relative_to(data)))
@@ -163,7 +164,7 @@ def test_a_data_set_that_cannot_be_written(place, tmp_path, monkeypatch, capsys)
         for folder in folders: folder.chmod(0o755)
     assert record["metrics"]["bdd100k:val"]["images"] == 1 and set(data.rglob("*")) == before
     assert "cannot be written: its class statistics are kept in" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "statistics" / "gtav" / STATISTICS[0]).exists()
+    assert (tmp_path / "cache" / "statistics" / "gtav" / STATISTICS[0]).exists()
 
 
 def whole(e):

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from .engines import ENGINES, engine_options, engine_settings, find_engine
 from .masks import Proposals, grid_size
 from ..data.catalog import open_dataset
-from ..files import Between, check_values, data_folder, file_size, read_object, shown, write_atomically
+from ..files import Between, cache_folder, check_values, file_size, read_object, shown, write_atomically
 from ..work import Progress, cores, each
 
 # %% ../../nbs/43_proposals.ipynb #0160867f
@@ -353,7 +353,7 @@ def main(
     add("--processes", type=int, default=1, help="workers on this machine (default 1)")
     a = parser.parse_args(arguments)
     name = f"{a.dataset}_{a.split.replace('/', '_')}_{a.engine}_{a.reduction}"
-    root = a.root or data_folder() / "runs" / "proposals" / name
+    root = a.root or cache_folder() / "proposals" / name
     try:
         dataset = open_dataset(a.dataset, a.split, a.data_root, labels=not a.no_labels, **dict(a.dataset_options))
         options = dict(a.options)

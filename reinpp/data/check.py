@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from .catalog import DATASETS, OnDisk
 from .datasets import POLICIES, Concat, Dataset, Files, read_image, read_label
-from ..files import BadFile, check_choice, data_folder, list_files, read_bytes, write_atomically
+from ..files import BadFile, cache_folder, check_choice, data_folder, list_files, read_bytes, write_atomically
 from ..work import Progress, each
 
 # %% ../../nbs/18_check.ipynb #13c4a9ea
@@ -216,7 +216,7 @@ def check(
 ) -> Report:
     "What is wrong with the files of the sets. ValueError for unknown names."
     import pandas
-    cache = data_folder() / "runs" / "check" if cache == "default" else cache
+    cache = cache_folder() / "check" if cache == "default" else cache
     rows, problems = [], []
     for one in [what] if isinstance(what, (str, Dataset)) else what:
         first = {}

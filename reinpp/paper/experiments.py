@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'OFFICIAL', 'METHOD_VERSION', 'EVALUATION_VERSION', 'OF_PAPER', 'PRESETS', 'Experiment', 'open_domain',
-           'Preset', 'plan', 'Ledger']
+           'Preset', 'plan', 'Ledger', 'commit', 'versions']
 
 # %% ../../nbs/50_experiments.ipynb #c3edf69d
 import dataclasses
 import hashlib
 import json
 import os
+import platform
+import subprocess
 from pathlib import Path
+
+import torch
 
 from ..data.catalog import open_dataset
 from ..data.cityscapes_c import CORRUPTIONS
@@ -25,7 +29,8 @@ METHOD_VERSION = 2  # raise it when a change to the method, or to the tiny backb
 EVALUATION_VERSION = 2  # raise it when a change to prediction or evaluation makes old metrics wrong
 _OF_EVALUATION = ("evaluate_on", "window", "stride", "size", "evaluation_version")
 _NO_RESULT = ("workers", "checkpointing", "device", "run_dir", "checkpoint_minutes", "checkpoint_every", "log_every",
-              "pictures_every", "stop_at", "progress")  # arguments of `fit` that change no weight
+              "pictures_every", "check", "check_every", "tensorboard", "stop_at",
+              "progress")  # arguments of `fit` that change no weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,3 +338,26 @@ class Ledger:
     def all(self) -> list[dict]:
         "Every record, by key."
         return [_read_record(file) for file in sorted(self.folder.glob("*.json"))]
+
+# %% ../../nbs/50_experiments.ipynb #e78696ec
+def commit() -> str:
+    "The checkout's commit, with `+` when files differ from it; `unknown` without git."
+    def git(*arguments):
+        command = ["git", "-C", str(data_folder().parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not (data_folder().parent / "nbs").is_dir(): return "unknown"  # an installed package
+    try:
+        changed = git("status", "--porcelain", "--", "reinpp", "nbs", "data/weights")
+        return git("rev-parse", "--short=10", "HEAD") + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict:
+    "Versions that decide about numbers, by package."
+    import timm
+    import torchvision
+
+    import reinpp
+    packages = {m.__name__: m.__version__ for m in (torch, torchvision, timm, reinpp)}
+    return dict(python=platform.python_version()) | packages

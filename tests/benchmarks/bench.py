@@ -19,7 +19,7 @@ from reinpp.data.transforms import TrainTransform
 from reinpp.files import check_choice, data_folder, write_atomically
 from reinpp.paper import costs
 from reinpp.paper.costs import Row, kept_bytes, operations, time_once
-from reinpp.paper.runs import commit, versions
+from reinpp.paper.experiments import commit, versions
 
 from .levers import Sizes, measure_levers
 from .parts import shares
