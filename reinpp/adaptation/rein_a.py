@@ -46,7 +46,7 @@ class Adaptation:
     ema: float = 0.999  # [S] share of the old teacher in each average
     ema_warmup: bool = False  # [D] off: the cited works' ramp min(1 - 1 / (t + 1), ema)
     weighting: str = "image"  # [S] of pseudo labels: "image" (every pixel weighs q) or "pixel" (1 where sure, else 0)
-    margins: tuple[int, int] = (0, 0)  # [S] rows at top and bottom of no weight in L_mix; (15, 120): half of Cityscapes
+    margins: tuple[int, int] = (0, 0)  # [S] rows at top and bottom whose pseudo labels weigh 0: (15, 120) at 1024 x 512
     mask_block: int = 32  # [S] side of a hidden block in pixels
     mask_ratio: float = 0.7  # [S] share of blocks hidden
     rcs: bool = True  # [S] rare class sampling of the source
@@ -153,8 +153,8 @@ def sample(self: ReinA, key: int, seed: int) -> dict[str, Tensor]:
     x_t, _, geometry_t = self.target_transform(target)
     sample = dict(source=x_s, source_label=y_s, source_inside=geometry_s.valid, target=x_t,
                   target_inside=geometry_t.valid, draw=fold(seed, key))
-    sample["hidden"] = random_block_mask(*x_t.shape[-2:], s.mask_block, s.mask_ratio)
-    if s.use_mix: sample["mixed"], sample["pasted"] = mix_images(x_s, y_s, x_t)
+    sample["hidden"] = random_block_mask(*x_t.shape[-2:], s.mask_block, s.mask_ratio)  # 16: M <- RandomMask()
+    if s.use_mix: sample["mixed"], sample["pasted"] = mix_images(x_s, y_s, x_t)  # 10: x_mix
     if self.stm is not None:
         ours, theirs = self.source.actual(index), self.target.actual(other, "image")
         sample["source_masks"] = _proposals(self.stores[0], ours, geometry_s, image, s.pool)
@@ -210,7 +210,7 @@ def pseudo_label(
 class Taught(NamedTuple):
     "What a step knows before the student looks; without STM only the first two."
     answer: HeadOutput  # (p_t, m_t): the teacher's, on the target
-    pseudo: PseudoLabel  # c_t
+    pseudo: PseudoLabel  # p_t^T x m_t as labels, for line 10
     features: tuple = ()  # the teacher's, of source and mixed image
     masks: tuple = ()  # proposals of source and target, (B, pool, h, w) bool
     c_stm: Tensor | None = None  # (B, H, W) STM's label of the target, 255 where it is not valid
@@ -230,7 +230,7 @@ def teach(self: ReinA, batch: dict[str, Tensor], iteration: int) -> Taught:
         with self.autocast():
             _, mirrored = run_teacher(self.segmenter, self.teacher, x_t.flip(-1))
         scores = (scores + mirrored.scores().flip(-1)) / 2
-    pseudo = pseudo_label(scores, inside, s.tau, s.weighting, s.margins)  # 5: c_t
+    pseudo = pseudo_label(scores, inside, s.tau, s.weighting, s.margins)  # for 10: p_t^T x m_t
     if stm is None: return Taught(answer, pseudo)
     f_t, *others = zip(*(f.split(len(x_t)) for f in features))
     masks_s, masks_t = (unpack(batch[name], x_s.shape[-1] // 4) for name in ("source_masks", "target_masks"))
@@ -282,7 +282,7 @@ def agreement(
 def mix_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught) -> tuple[dict[str, Tensor], Tensor]:
     "Lines 9 to 14: the loss terms, and the agreement of student and teacher."
     pasted, pseudo = batch["pasted"], taught.pseudo
-    y_mix = torch.where(pasted, batch["source_label"], pseudo.label)  # 10: (x_mix, y_mix)
+    y_mix = torch.where(pasted, batch["source_label"], pseudo.label)  # 10: y_mix
     weight = pseudo.weight.masked_fill(pasted, 1)
     with self.autocast():
         output = self.segmenter(batch["mixed"])  # 11: (p_mix, m_mix) <- M_s(x_mix)
@@ -293,7 +293,7 @@ def mix_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught) -> tuple[d
         masks = pad(compose(*taught.masks, pasted), self.settings.limit)
         with self.autocast():
             output = self.stm(taught.features[1], *masks)  # 13: (p_stm, m_stm) <- M_stm[x_mix, M_SAM(x_mix)]
-        terms |= self.learn(stm_mix=normalized_score_loss(output.scores(), y_mix, weight))  # 14: L^stm_mix
+        terms |= self.learn(stm_mix=normalized_score_loss(output.scores(), y_mix, weight))  # 14: L^stm_mix, eq. 18
     return terms, same
 
 # %% ../../nbs/45_rein_a.ipynb #b805c6ea
@@ -304,11 +304,11 @@ def mask_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught, iteration
     if self.settings.soft_masks:  # above 0 with the mask's probability
         draws = self.generators(batch, iteration, 3)
         m_t = m_t + torch.stack([torch.rand(m_t.shape[1:], generator=g, device=m_t.device) for g in draws]).logit()
-    x_mask = hide_blocks(batch["target"], batch["hidden"], self.segmenter.mean)  # 16: M <- RandomMask()
+    x_mask = hide_blocks(batch["target"], batch["hidden"], self.segmenter.mean)  # 17: x_t * M
     with self.autocast():
         output = self.segmenter(x_mask)  # 17: (p_mask, m_mask) <- M_s(x_t * M)
-    losses = dict(mask=self._mask_loss(output, p_t, m_t, batch["target_inside"], taught.pseudo.q))  # 18: eq. 16
-    if taught.targets is not None:  # 19: eq. 19
+    losses = dict(mask=self._mask_loss(output, p_t, m_t, batch["target_inside"], taught.pseudo.q))  # 5, 18: eq. 16
+    if taught.targets is not None:  # 19: eq. 19'
         draws = self.generators(batch, iteration, 2)
         losses["stm_mask"] = mask_classification_loss(output, taught.targets, points, draws)["total"]
     return self.learn(**losses)

@@ -62,19 +62,6 @@ def _batches(objective, done, end, batch_size, share, seed, workers, device):
         if isinstance(batch, BadFile): raise batch
         yield {name: value if name == "draw" else value.to(device, non_blocking=True) for name, value in batch.items()}
 
-
-@contextlib.contextmanager
-def _loaders_named(run):
-    "A loader's process that dies ends the training, wherever it is: torch says so by a signal. Raises TrainingError."
-    try: yield
-    except (RuntimeError, OSError, EOFError) as error:
-        said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-        cut = isinstance(error, (ConnectionError, EOFError)) or type(error) is FileNotFoundError and not error.filename
-        if not said and not cut: raise
-        raise TrainingError(f"iteration {run.done}: a process that loads samples died, killed or out of memory; the "
-                            f"last checkpoint{f' in {run.folder}' if run.folder else ''} stays: start again, with "
-                            "fewer workers if memory is short") from None
-
 # %% ../../nbs/31_train.ipynb #3cc186c2
 NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "prompts", "tokens_a", "tokens_b",
             "full_tokens", "adapter.scale")
@@ -131,7 +118,8 @@ def _check_kept(objective, run_dir, log_every, pictures_every, check, check_ever
 def _checked(check, segmenter) -> dict[str, float]:
     "What `check` says of the segmenter as it is; it trains on afterwards, and draws what it would have drawn."
     segmenter.eval()
-    try: return {f"check {name}": float(value) for name, value in check(segmenter).items()}
+    try:
+        with torch.no_grad(): return {f"check {name}": float(value) for name, value in check(segmenter).items()}
     finally: segmenter.train()
 
 
@@ -157,6 +145,19 @@ def tf32(device: torch.device, allowed: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextlib.contextmanager
+def _loaders_named(run):
+    "A loader's process that dies ends the training, wherever it is: torch says so by a signal. Raises TrainingError."
+    try: yield
+    except (RuntimeError, OSError, EOFError) as error:
+        said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        cut = isinstance(error, (ConnectionError, EOFError)) or type(error) is FileNotFoundError and not error.filename
+        if not said and not cut: raise
+        raise TrainingError(f"iteration {run.done}: a process that loads samples died, killed or out of memory; the "
+                            f"last checkpoint{f' in {run.folder}' if run.folder else ''} stays: start again, with "
+                            "fewer workers if memory is short") from None
 
 # %% ../../nbs/31_train.ipynb #fc789533
 def _floats(terms) -> dict[str, float]:
@@ -244,7 +245,7 @@ def fit(
                 factor = learning_rate(iteration, iterations, power, warmup)
                 for group in optimizer.param_groups: group["lr"] = group["initial_lr"] * factor
                 if pictures_every and iteration % pictures_every == 0:
-                    torch.manual_seed(fold(seed, iteration, 1))  # so that the picture mixes what the step will mix
+                    torch.manual_seed(fold(seed, iteration, 1))  # the picture draws what the step will draw
                     run.picture(objective.picture(batch), iteration)
                 torch.manual_seed(fold(seed, iteration, 1))
                 terms, stop = _step(objective, optimizer, batch, iteration, named, clip, run, signals)
