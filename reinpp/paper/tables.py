@@ -80,7 +80,7 @@ def missing_for_paper(data_root: str | Path | None = None) -> list[str]:
         try:
             DATASETS[name].find(data_root)
         except (FileNotFoundError, ValueError) as error:
-            lacks.append(str(error).replace(f"{data_folder().parent}/", ""))
+            lacks.append(reason_of(error))
     if importlib.util.find_spec("sam2") is None:
         lacks.append("the package sam2 is not installed (see extras.txt)")
     return lacks
@@ -167,7 +167,7 @@ def lacking_official(data_root: str | Path | None = None) -> list[str]:
     try:
         find_official(data_root)
     except FileNotFoundError as error:
-        return [str(error).replace(f"{data_folder().parent}/", "")]
+        return [reason_of(error)]
     return []
 
 
@@ -202,7 +202,7 @@ def lacking(
         try:
             if hasattr(DATASETS.get(name), "find"): DATASETS[name].find(data_root)
         except (FileNotFoundError, ValueError) as error:
-            lacks.append(str(error).splitlines()[0].replace(f"{data_folder().parent}/", ""))
+            lacks.append(reason_of(error))
     drawn = not e.model.get("pretrained", True)  # random weights: a rehearsal, on any machine
     if not drawn: lacks += filter(None, [lacking_weights(e.model["backbone"])])
     if e.method == OFFICIAL: lacks += lacking_official(data_root)
