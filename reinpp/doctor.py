@@ -16,7 +16,7 @@ from .data.catalog import DATASETS, OnDisk
 from .files import data_folder, runs_folder
 from .paper.cells import tables
 from .paper.experiments import PRESETS, commit, open_domain, versions
-from .paper.tables import hub_folder, lacking_weights, missing_for_paper, preflight
+from .paper.tables import hub_folder, lacking_weights, missing_for_paper, preflight, reason_of
 from .work import device_name
 
 # %% ../nbs/66_doctor.ipynb #a16868e2
@@ -45,9 +45,9 @@ def what_lacks(preset: str, data_root: str | Path | None = None) -> list[str]:
                 if domain:
                     open_domain(domain, data_root)
             except (ValueError, OSError) as error:
-                lacks.append(str(error))
+                lacks.append(reason_of(error))
     lacks += filter(None, [lacking_weights(p.model["backbone"])])
-    return [line.replace(f"{data_folder().parent}/", "") for line in dict.fromkeys(lacks)]
+    return list(dict.fromkeys(lacks))
 
 # %% ../nbs/66_doctor.ipynb #68b89062
 def rows_lacking(

@@ -89,6 +89,12 @@ def test_every_room_has_a_wing():
     assert {room for room in GRAPH if wing(room) == "ground"} == {"labels", "files", "processes", "work"}
 
 
+def test_the_page_of_the_architecture_names_every_room():
+    picture = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    left = [room for room in GRAPH if room.rpartition(".")[2].replace("_", " ") not in picture.replace("_", " ")]
+    assert not left, f"docs/architecture.md leaves out {', '.join(left)}"
+
+
 def test_the_loop_knows_no_method():
     "`training.train` runs any objective: no segmenter, head, loss or adapter, and neither of the two objectives."
     methods = {room for room in GRAPH if room.startswith(("models.", "adaptation."))}
