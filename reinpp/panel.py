@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastcore.basics import patch
 
 from .data.datasets import Dataset, Files
-from .explore import LAYERS, Explorer, domains, encode
-from .labels import palette
+from .explore import Explorer, domains
+from .render import LAYERS, WEIGHTINGS, encode
 from .training.looks import confusion_table, mistakes
 
 # %% ../nbs/62_panel.ipynb #9c1f4d20
@@ -127,6 +128,8 @@ def _controls(explorer: Explorer) -> dict:
         layer=w.ToggleButtons(options=LAYERS, value=state.layer, style=dict(button_width="auto")),
         opacity=slider("opacity", state.opacity, 1.0, w.FloatSlider, step=0.05),
         tau=slider("τ", state.tau, 1.0, w.FloatSlider, step=0.004, readout_format=".3f"),
+        weighting=w.Dropdown(options=WEIGHTINGS, value=state.weighting, description="weighting",
+            layout=w.Layout(width="320px")),
         block=slider("block", range(blocks)[state.block], blocks - 1),
         head=slider("head", state.head, heads - 1), token=slider("token", state.token, tokens - 1))
 
@@ -144,6 +147,7 @@ class Panel:
         self.found = w.Select(rows=8, description="in", layout=wide)
         self.mistakes = w.Select(rows=8, description="mistakes", layout=w.Layout(width="420px"))
         self.why, self.said, self.matrix, self.legend = w.HTML(), w.HTML(), Table(), w.HBox()
+        self.note = w.HTML(html.escape(explorer.note()))
         self.folder = w.Text(placeholder="of images, then Enter", description="folder", continuous_update=False)
         self.upload = w.FileUpload(accept="image/*", multiple=False)
         self.file = w.Text(value="view.png", layout=w.Layout(width="140px"))
@@ -152,9 +156,9 @@ class Panel:
         c = self.controls
         self.box = w.VBox([
             w.HBox([c["domain"], self.folder, self.upload]), w.HBox([c["adapter"], c["other"]]),
-            c["layer"], w.HBox([self.image, w.VBox([self.images, w.HBox([self.previous, self.next]), c["opacity"],
-                c["tau"], c["block"], c["head"], c["token"], w.HBox([self.file, self.save])],
-                layout=w.Layout(min_width="335px"))]),
+            self.note, c["layer"], w.HBox([self.image, w.VBox([self.images, w.HBox([self.previous, self.next]),
+                c["opacity"], c["tau"], c["weighting"], c["block"], c["head"], c["token"],
+                w.HBox([self.file, self.save])], layout=w.Layout(min_width="335px"))]),
             self.legend, self.why, w.HBox([self.mistakes, self.found]), self.matrix, self.said])
         self._listen()
         self.new_domain()
@@ -196,6 +200,9 @@ def on(self: Panel, name: str, value: Any) -> None:
         self.explorer.change(**{name: tuple(value) if name == "pixel" else value})
         if name in ("domain", "adapter"):
             self.new_domain()
+        self.busy = True
+        for own in ("tau", "weighting"): self.controls[own].value = getattr(self.explorer.state, own)
+        self.busy = False
         self.draw(legend=name in ("index", "domain", "adapter", "other", "hidden"))
     self.say(action)
 
@@ -212,7 +219,7 @@ def go(self: Panel, by: int) -> None:
 def new_domain(self: Panel) -> None:
     "The lists of another domain or adapter, and its worst image."
     e = self.explorer
-    rows, names = e.rows(), e.dataset().classes
+    rows, names = e.rows(), e.how().classes
     self.busy = True
     self.images.options = [(str(r), r.index) for r in rows]
     places = [r.index for r in rows]
@@ -260,9 +267,9 @@ def draw(self: Panel, legend: bool = True) -> None:
 def draw_legend(self: Panel) -> None:
     "A button for each class that occurs, with its IoU in this image; a click hides or shows it."
     import ipywidgets as w
-    e, names, buttons = self.explorer, self.explorer.dataset().classes, []
+    e, names, buttons = self.explorer, self.explorer.how().classes, []
     here, beside = e.iou(), e.iou(e.state.other) if e.state.other else {}
-    colours = palette(len(names))
+    colours = np.array(e.how().colours, np.uint8)
     for c in sorted({*here, *beside}):
         values = [f"{100 * v:.0f}" for v in (here.get(c), beside.get(c)) if v is not None and v == v]
         gone = c in e.state.hidden
