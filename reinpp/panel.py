@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .data.datasets import Dataset, Files
 from .explore import Explorer, domains
-from .render import LAYERS, WEIGHTINGS, encode
+from .render import LAYERS, WEIGHTINGS, describe, encode
 from .training.looks import confusion_table, mistakes
 
 # %% ../nbs/62_panel.ipynb #9c1f4d20
@@ -37,6 +37,7 @@ function render({ model, el }) {
   const show = () => {
     if (url) URL.revokeObjectURL(url);
     img.src = url = URL.createObjectURL(new Blob([model.get("value")], { type: "image/png" }));
+    img.alt = model.get("alt");
   };
   const place = () => {
     bar.style.left = 100 * model.get("wiper") + "%";
@@ -64,7 +65,7 @@ function render({ model, el }) {
     e.stopPropagation();
     model.send({ step });
   };
-  model.on("change:value", show);
+  model.on("change:value change:alt", show);
   model.on("change:wiper change:double", place);
   show();
   place();
@@ -99,6 +100,7 @@ def _widgets() -> tuple:
         "A PNG that can be clicked; left and right are sent as `{step: -1}` and `{step: 1}`."
         _esm = _PICTURE_JS
         value = traitlets.Bytes().tag(sync=True)  # the PNG
+        alt = traitlets.Unicode().tag(sync=True)  # what it shows, in words
         pixel = traitlets.List().tag(sync=True)  # x, y of the click; empty: none
         wiper = traitlets.Float(0.5).tag(sync=True)  # share of the width, from the left
         double = traitlets.Bool().tag(sync=True)  # two adapters: the wiper can be dragged
@@ -257,7 +259,9 @@ def draw(self: Panel, legend: bool = True) -> None:
     self.busy = True
     self.image.pixel, self.image.double = list(e.state.pixel or ()), bool(e.state.other)
     self.busy = False
-    self.image.value = encode(e.picture(), "png")
+    with self.image.hold_sync():  # picture and words in one message
+        self.image.value = encode(e.picture(), "png")
+        self.image.alt = describe(e.state, e.how().classes)
     self.why.value = e.explanation()
     if legend:
         self.draw_legend()

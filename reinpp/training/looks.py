@@ -22,6 +22,7 @@ from ..data.datasets import Dataset
 from ..data.transforms import resize_image, short_edge_size
 from ..files import Progress
 from ..models.backbones import patch_size_of
+from ..models.losses import normalize_scores
 from ..models.mask2former import HeadOutput
 from ..models.rein_g import ReinG
 from ..models.segmenter import Segmenter, window_starts
@@ -33,7 +34,7 @@ class Look:
     "What one segmenter makes of one image. Maps of windows come in the order of `places`."
     image: np.ndarray  # (H, W, 3) uint8
     truth: np.ndarray | None  # (H, W) uint8 trainIds
-    scores: np.ndarray  # (K, H, W) float16: s_k
+    scores: np.ndarray  # (K, H, W) float32: s_k
     prediction: np.ndarray  # (H, W) uint8
     confidence: np.ndarray  # (H, W) float32 in [0, 1]
     entropy: np.ndarray  # (H, W) float32 in [0, 1]
@@ -91,8 +92,7 @@ def look(
     with _Ears(segmenter) as ears:
         scores = segmenter.predict(x[None].to(segmenter.mean.device).float() / 255, window, stride)
     if (height, width) != size: scores = interpolate(scores, size, mode="bilinear", align_corners=False)
-    scores = scores[0].cpu()
-    share = scores.clamp(min=0) / scores.clamp(min=0).sum(0, keepdim=True).clamp(min=1e-6)
+    share, scores = normalize_scores(scores)[0].cpu(), scores[0].cpu()
     entropy = -(share * share.clamp(min=1e-12).log()).sum(0) / np.log(max(2, len(share)))
     h, w = (min(window, height), min(window, width)) if window else (height, width)
     step = stride or (max(1, round(window * 2 / 3)) if window else max(h, w))  # as `predict` has it
@@ -106,7 +106,7 @@ def look(
         attention = torch.stack(every, 1).numpy()
     side = patch_size_of(segmenter.backbone)
     return Look(image.permute(1, 2, 0).contiguous().cpu().numpy(), None if truth is None else np.asarray(truth),
-                scores.half().numpy(), scores.argmax(0).byte().numpy(), share.amax(0).numpy(), entropy.numpy(),
+                scores.numpy(), scores.argmax(0).byte().numpy(), share.amax(0).numpy(), entropy.numpy(),
                 places, (height, width), tuple(side * n for n in ears.grid), classes, masks, attention)
 
 # %% ../../nbs/35_looks.ipynb #7afa11ba
@@ -159,7 +159,7 @@ def explain(look: Look, x: int, y: int) -> Pixel:
     parts = zip(*[_why(look, px, py) for px, py, _ in seen])
     shares = [share for _, _, share in seen]
     queries, tokens = (None if one[0] is None else sum(s * v for s, v in zip(shares, one)) for one in parts)
-    return Pixel(look.scores[:, y, x].astype(np.float32), queries, tokens)
+    return Pixel(look.scores[:, y, x], queries, tokens)
 
 # %% ../../nbs/35_looks.ipynb #53e697c4
 def _resized(values: np.ndarray, size: tuple) -> np.ndarray:
