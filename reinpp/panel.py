@@ -9,7 +9,8 @@ __all__ = ['Panel']
 import functools
 import html
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ class Panel:
     def __init__(self, explorer: Explorer):
         import ipywidgets as w
         self.explorer, self.controls, self.busy = explorer, _controls(explorer), False
+        self.lock = threading.RLock()
         Picture, Table = _widgets()
         self.image = Picture(wiper=explorer.state.wiper, layout=w.Layout(width="680px"))
         wide = w.Layout(width="320px")
@@ -165,21 +167,30 @@ class Panel:
         self._listen()
         self.new_domain()
 
+    def alone(self, action: Callable) -> Callable:
+        "The action, but after whatever is being done; its own changes of widgets are part of it."
+        def when_free(*given):
+            with self.lock: action(*given)
+        return when_free
+
+    def _observe(self, widget: Any, name: str, action: Callable) -> None:
+        widget.observe(self.alone(lambda change: action(change["new"])), name)
+
     def _listen(self) -> None:
         for name, control in self.controls.items():
-            control.observe(lambda change, name=name: self.on(name, change["new"]), "value")
+            self._observe(control, "value", functools.partial(self.on, name))
         for name in ("pixel", "wiper"):
-            self.image.observe(lambda change, name=name: self.on(name, change["new"]), name)
-        self.image.on_msg(lambda _, message, buffers: self.go(message["step"]))
-        self.matrix.observe(lambda change: self.list_images(change["new"]), "cell")
-        self.images.observe(lambda change: self.on("index", change["new"]), "value")
-        self.found.observe(lambda change: self.on("index", change["new"]), "value")
-        self.mistakes.observe(lambda change: self.list_images(change["new"]), "value")
-        self.folder.observe(lambda change: self.on("domain", change["new"]), "value")
-        self.upload.observe(lambda change: self.take(change["new"]), "value")
-        self.previous.on_click(lambda _: self.go(-1))
-        self.next.on_click(lambda _: self.go(1))
-        self.save.on_click(lambda _: self.say(lambda: f"saved {self.explorer.save(self.file.value).name}"))
+            self._observe(self.image, name, functools.partial(self.on, name))
+        for widget, name in ((self.images, "index"), (self.found, "index"), (self.folder, "domain")):
+            self._observe(widget, "value", functools.partial(self.on, name))
+        self._observe(self.matrix, "cell", self.list_images)
+        self._observe(self.mistakes, "value", self.list_images)
+        self._observe(self.upload, "value", self.take)
+        self.image.on_msg(self.alone(lambda _, message, buffers: self.go(message["step"])))
+        self.previous.on_click(self.alone(lambda _: self.go(-1)))
+        self.next.on_click(self.alone(lambda _: self.go(1)))
+        self.save.on_click(self.alone(lambda _: self.say(
+            lambda: f"saved {self.explorer.save(self.file.value).name}")))
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
@@ -197,6 +208,8 @@ class Panel:
 def on(self: Panel, name: str, value: Any) -> None:
     "A control has a new value."
     if self.busy or value is None or value == [] or value == "" and name != "other": return
+
+    if name == "tau": value = round(value, 6)  # a slider in a browser says 0.9680000000000001
 
     def action():
         self.explorer.change(**{name: tuple(value) if name == "pixel" else value})
@@ -281,7 +294,7 @@ def draw_legend(self: Panel) -> None:
                      text_decoration="line-through" if gone else "",
                      text_color="#000000" if gone or colours[c].mean() > 110 else "#ffffff")
         button = w.Button(description=f"{names[c]} {' | '.join(values)}", style=style, layout=w.Layout(width="auto"))
-        button.on_click(lambda _, c=c: self.on("hidden", tuple(set(self.explorer.state.hidden) ^ {c})))
+        button.on_click(self.alone(lambda _, c=c: self.on("hidden", tuple(set(self.explorer.state.hidden) ^ {c}))))
         buttons.append(button)
     self.legend.children = buttons
     self.legend.layout.flex_flow = "row wrap"

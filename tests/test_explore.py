@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from reinpp.models.losses import normalize_scores
 from reinpp.models.segmenter import Segmenter, load_segmenter, tiny_segmenter
 from reinpp.panel import Panel
 from reinpp.prediction import Use, scores_of, write_use
-from reinpp.render import LAYERS, State, caption, heat, render
+from reinpp.render import LAYERS, State, caption, describe, heat, render
 from reinpp.training.generalize import Generalize
 from reinpp.training.looks import confusion_table, explain, look, mistakes, similarity_map, survey
 from reinpp.training.train import fit
@@ -516,6 +517,46 @@ def test_keys_go_to_the_next_image_and_the_picture_is_what_is_rendered(panel):
     assert (np.asarray(Image.open(io.BytesIO(panel.image.value))) == panel.explorer.picture()).all()
     panel.image._handle_custom_msg({"step": -1}, [])
     assert panel.explorer.state.index == before
+
+
+def test_events_of_two_threads_wait_for_each_other(panel, monkeypatch):
+    "JupyterLab hands them to different threads, and adapters are swapped on one backbone: neither is lost or mixed."
+    import reinpp.explore
+    inside, together, plain = [], threading.Event(), reinpp.explore.look
+
+    def slow_look(*arguments):
+        inside.append(1)
+        if len(inside) > 1: together.set()
+        together.wait(0.5)
+        found = plain(*arguments)
+        inside.pop()
+        return found
+    monkeypatch.setattr(reinpp.explore, "look", slow_look)
+    before = panel.explorer.state.index
+    key = threading.Thread(target=panel.image._handle_custom_msg, args=({"step": 1}, []))
+    key.start()
+    panel.controls["adapter"].value = "camvid_rein_g_seed0"
+    key.join()
+    state = panel.explorer.state
+    assert not together.is_set() and panel.said.value == ""
+    assert state.adapter == "camvid_rein_g_seed0" and state.index != before
+    assert "adapter camvid_rein_g_seed0" in panel.image.alt and f"image {state.index} " in panel.image.alt
+
+
+def test_the_words_of_the_picture_are_those_of_its_state(panel):
+    state = panel.explorer.state
+    assert panel.image.alt == describe(state, CLASSES)
+    panel.controls["layer"].value = "weight"
+    panel.image.pixel = [7, 5]
+    panel.legend.children[0].click()
+    said, name = panel.image.alt, panel.legend.children[0].description.rsplit(" ", 3)[0]
+    assert all(part in said for part in ("layer weight at opacity 0.60", "τ 0.800, weighting pixel",
+        "pixel 7, 5 marked", f"without {name}", "beside it, from 0.50 of the width on, scenes_rein_a_snow_seed0"))
+
+
+def test_a_slider_that_counts_in_steps_sets_the_tau_that_it_shows(panel):
+    panel.controls["tau"].value = 0.9680000000000001
+    assert panel.explorer.state.tau == 0.968
 
 
 def test_an_upload_and_a_bad_one(panel, tmp_path):
