@@ -335,6 +335,7 @@ def _load_pickle(path):
 # %% ../nbs/01_files.ipynb #a07f74c4
 def read_checkpoint(
     path: str | Path,  # .safetensors, .bin, .pt or .pth; for shards their folder or their index.json
+    inside: tuple[str, ...] = (),  # of a .pt: the keys under which the tensors lie, the outermost first
 ) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by name, on the CPU; what is nested under `state_dict` or `model` is taken out.
 
@@ -362,10 +363,12 @@ def read_checkpoint(
         if isinstance(error, FileNotFoundError) or str(error).startswith(str(path.parent)): raise
         message = f"{path}: this checkpoint is damaged or of another kind ({_first_line(error)}): fetch it again"
         raise ValueError(message) from error
+    for key in inside:
+        state = state.get(key) if isinstance(state, dict) else None
     for key in ("state_dict", "model"):
         if isinstance(state, dict): state = state.get(key, state)
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise ValueError(f"{path}: holds no state_dict of tensors")
+        raise ValueError(f"{path}: holds no {'.'.join(inside) or 'state_dict'} of tensors")
     return dict(state)
 
 

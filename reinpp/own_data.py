@@ -315,11 +315,12 @@ def adapt(self: OwnData) -> dict:
     objective = ReinA(self.segmenter, self.source, self.target, self.transform, *self.masks,
         stm=STM.like(self.segmenter, **self.preset.adaptation["stm"]), settings=self.adaptation)
     self.run = self.output / f"rein_a-{_named(self.decides(), self.iterations, self.engine, self.settings)}"
+    write_use(self.run, self.use)  # so that its checkpoints are looked at as the adapter will be used
     every = max(1, self.iterations // 4)
     self.record = fit(objective, run_dir=self.run, log_every=max(1, self.iterations // 20),
         checkpoint_every=min(500, every), pictures_every=t.pictures_every or every, **self.training("rein_a"))
     write_use(self.segmenter.save_adapter(self.output / "adapter", record=dict(source=t.source, target=t.target,
-        training=self.record)), self.use)
+        adaptation=self.settings, training=self.record)), self.use)
     return self.record
 
 # %% ../nbs/65_own_data.ipynb #adb65322

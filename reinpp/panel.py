@@ -9,15 +9,17 @@ __all__ = ['Panel']
 import functools
 import html
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastcore.basics import patch
 
 from .data.datasets import Dataset, Files
-from .explore import LAYERS, Explorer, domains, encode
-from .labels import palette
+from .explore import Explorer, domains
+from .render import LAYERS, WEIGHTINGS, describe, encode
 from .training.looks import confusion_table, mistakes
 
 # %% ../nbs/62_panel.ipynb #9c1f4d20
@@ -36,6 +38,7 @@ function render({ model, el }) {
   const show = () => {
     if (url) URL.revokeObjectURL(url);
     img.src = url = URL.createObjectURL(new Blob([model.get("value")], { type: "image/png" }));
+    img.alt = model.get("alt");
   };
   const place = () => {
     bar.style.left = 100 * model.get("wiper") + "%";
@@ -63,7 +66,7 @@ function render({ model, el }) {
     e.stopPropagation();
     model.send({ step });
   };
-  model.on("change:value", show);
+  model.on("change:value change:alt", show);
   model.on("change:wiper change:double", place);
   show();
   place();
@@ -98,6 +101,7 @@ def _widgets() -> tuple:
         "A PNG that can be clicked; left and right are sent as `{step: -1}` and `{step: 1}`."
         _esm = _PICTURE_JS
         value = traitlets.Bytes().tag(sync=True)  # the PNG
+        alt = traitlets.Unicode().tag(sync=True)  # what it shows, in words
         pixel = traitlets.List().tag(sync=True)  # x, y of the click; empty: none
         wiper = traitlets.Float(0.5).tag(sync=True)  # share of the width, from the left
         double = traitlets.Bool().tag(sync=True)  # two adapters: the wiper can be dragged
@@ -127,6 +131,8 @@ def _controls(explorer: Explorer) -> dict:
         layer=w.ToggleButtons(options=LAYERS, value=state.layer, style=dict(button_width="auto")),
         opacity=slider("opacity", state.opacity, 1.0, w.FloatSlider, step=0.05),
         tau=slider("τ", state.tau, 1.0, w.FloatSlider, step=0.004, readout_format=".3f"),
+        weighting=w.Dropdown(options=WEIGHTINGS, value=state.weighting, description="weighting",
+            layout=w.Layout(width="320px")),
         block=slider("block", range(blocks)[state.block], blocks - 1),
         head=slider("head", state.head, heads - 1), token=slider("token", state.token, tokens - 1))
 
@@ -137,6 +143,7 @@ class Panel:
     def __init__(self, explorer: Explorer):
         import ipywidgets as w
         self.explorer, self.controls, self.busy = explorer, _controls(explorer), False
+        self.lock = threading.RLock()
         Picture, Table = _widgets()
         self.image = Picture(wiper=explorer.state.wiper, layout=w.Layout(width="680px"))
         wide = w.Layout(width="320px")
@@ -144,6 +151,7 @@ class Panel:
         self.found = w.Select(rows=8, description="in", layout=wide)
         self.mistakes = w.Select(rows=8, description="mistakes", layout=w.Layout(width="420px"))
         self.why, self.said, self.matrix, self.legend = w.HTML(), w.HTML(), Table(), w.HBox()
+        self.note = w.HTML(html.escape(explorer.note()))
         self.folder = w.Text(placeholder="of images, then Enter", description="folder", continuous_update=False)
         self.upload = w.FileUpload(accept="image/*", multiple=False)
         self.file = w.Text(value="view.png", layout=w.Layout(width="140px"))
@@ -152,28 +160,37 @@ class Panel:
         c = self.controls
         self.box = w.VBox([
             w.HBox([c["domain"], self.folder, self.upload]), w.HBox([c["adapter"], c["other"]]),
-            c["layer"], w.HBox([self.image, w.VBox([self.images, w.HBox([self.previous, self.next]), c["opacity"],
-                c["tau"], c["block"], c["head"], c["token"], w.HBox([self.file, self.save])],
-                layout=w.Layout(min_width="335px"))]),
+            self.note, c["layer"], w.HBox([self.image, w.VBox([self.images, w.HBox([self.previous, self.next]),
+                c["opacity"], c["tau"], c["weighting"], c["block"], c["head"], c["token"],
+                w.HBox([self.file, self.save])], layout=w.Layout(min_width="335px"))]),
             self.legend, self.why, w.HBox([self.mistakes, self.found]), self.matrix, self.said])
         self._listen()
         self.new_domain()
 
+    def alone(self, action: Callable) -> Callable:
+        "The action, but after whatever is being done; its own changes of widgets are part of it."
+        def when_free(*given):
+            with self.lock: action(*given)
+        return when_free
+
+    def _observe(self, widget: Any, name: str, action: Callable) -> None:
+        widget.observe(self.alone(lambda change: action(change["new"])), name)
+
     def _listen(self) -> None:
         for name, control in self.controls.items():
-            control.observe(lambda change, name=name: self.on(name, change["new"]), "value")
+            self._observe(control, "value", functools.partial(self.on, name))
         for name in ("pixel", "wiper"):
-            self.image.observe(lambda change, name=name: self.on(name, change["new"]), name)
-        self.image.on_msg(lambda _, message, buffers: self.go(message["step"]))
-        self.matrix.observe(lambda change: self.list_images(change["new"]), "cell")
-        self.images.observe(lambda change: self.on("index", change["new"]), "value")
-        self.found.observe(lambda change: self.on("index", change["new"]), "value")
-        self.mistakes.observe(lambda change: self.list_images(change["new"]), "value")
-        self.folder.observe(lambda change: self.on("domain", change["new"]), "value")
-        self.upload.observe(lambda change: self.take(change["new"]), "value")
-        self.previous.on_click(lambda _: self.go(-1))
-        self.next.on_click(lambda _: self.go(1))
-        self.save.on_click(lambda _: self.say(lambda: f"saved {self.explorer.save(self.file.value).name}"))
+            self._observe(self.image, name, functools.partial(self.on, name))
+        for widget, name in ((self.images, "index"), (self.found, "index"), (self.folder, "domain")):
+            self._observe(widget, "value", functools.partial(self.on, name))
+        self._observe(self.matrix, "cell", self.list_images)
+        self._observe(self.mistakes, "value", self.list_images)
+        self._observe(self.upload, "value", self.take)
+        self.image.on_msg(self.alone(lambda _, message, buffers: self.go(message["step"])))
+        self.previous.on_click(self.alone(lambda _: self.go(-1)))
+        self.next.on_click(self.alone(lambda _: self.go(1)))
+        self.save.on_click(self.alone(lambda _: self.say(
+            lambda: f"saved {self.explorer.save(self.file.value).name}")))
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
@@ -192,10 +209,15 @@ def on(self: Panel, name: str, value: Any) -> None:
     "A control has a new value."
     if self.busy or value is None or value == [] or value == "" and name != "other": return
 
+    if name == "tau": value = round(value, 6)  # a slider in a browser says 0.9680000000000001
+
     def action():
         self.explorer.change(**{name: tuple(value) if name == "pixel" else value})
         if name in ("domain", "adapter"):
             self.new_domain()
+        self.busy = True
+        for own in ("tau", "weighting"): self.controls[own].value = getattr(self.explorer.state, own)
+        self.busy = False
         self.draw(legend=name in ("index", "domain", "adapter", "other", "hidden"))
     self.say(action)
 
@@ -212,7 +234,7 @@ def go(self: Panel, by: int) -> None:
 def new_domain(self: Panel) -> None:
     "The lists of another domain or adapter, and its worst image."
     e = self.explorer
-    rows, names = e.rows(), e.dataset().classes
+    rows, names = e.rows(), e.how().classes
     self.busy = True
     self.images.options = [(str(r), r.index) for r in rows]
     places = [r.index for r in rows]
@@ -250,7 +272,9 @@ def draw(self: Panel, legend: bool = True) -> None:
     self.busy = True
     self.image.pixel, self.image.double = list(e.state.pixel or ()), bool(e.state.other)
     self.busy = False
-    self.image.value = encode(e.picture(), "png")
+    with self.image.hold_sync():  # picture and words in one message
+        self.image.value = encode(e.picture(), "png")
+        self.image.alt = describe(e.state, e.how().classes)
     self.why.value = e.explanation()
     if legend:
         self.draw_legend()
@@ -260,9 +284,9 @@ def draw(self: Panel, legend: bool = True) -> None:
 def draw_legend(self: Panel) -> None:
     "A button for each class that occurs, with its IoU in this image; a click hides or shows it."
     import ipywidgets as w
-    e, names, buttons = self.explorer, self.explorer.dataset().classes, []
+    e, names, buttons = self.explorer, self.explorer.how().classes, []
     here, beside = e.iou(), e.iou(e.state.other) if e.state.other else {}
-    colours = palette(len(names))
+    colours = np.array(e.how().colours, np.uint8)
     for c in sorted({*here, *beside}):
         values = [f"{100 * v:.0f}" for v in (here.get(c), beside.get(c)) if v is not None and v == v]
         gone = c in e.state.hidden
@@ -270,7 +294,7 @@ def draw_legend(self: Panel) -> None:
                      text_decoration="line-through" if gone else "",
                      text_color="#000000" if gone or colours[c].mean() > 110 else "#ffffff")
         button = w.Button(description=f"{names[c]} {' | '.join(values)}", style=style, layout=w.Layout(width="auto"))
-        button.on_click(lambda _, c=c: self.on("hidden", tuple(set(self.explorer.state.hidden) ^ {c})))
+        button.on_click(self.alone(lambda _, c=c: self.on("hidden", tuple(set(self.explorer.state.hidden) ^ {c}))))
         buttons.append(button)
     self.legend.children = buttons
     self.legend.layout.flex_flow = "row wrap"

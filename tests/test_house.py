@@ -20,7 +20,7 @@ BELOW = {
     "paper": {"ground", "data", "models", "training", "adaptation"},
     "top": {"ground", "data", "models", "training", "adaptation", "paper"},
 }
-TOP = {"explore", "panel", "command_line", "prediction", "own_data", "doctor", "watch"}
+TOP = {"explore", "render", "panel", "command_line", "prediction", "own_data", "doctor", "watch"}
 
 
 def rooms():

@@ -51,6 +51,11 @@ class Objective:
         device = next(p for _, p in self.named_trainables()).device
         return [torch.Generator(device).manual_seed(fold(n, iteration, branch)) for n in batch["draw"].tolist()]
 
+    def about(self) -> dict:
+        "What the weights are of, in plain values: a run keeps it beside its checkpoints."
+        said = dict(segmenter=self.segmenter.config, teacher=self.teacher is not None)
+        return said | (dict(adaptation=vars(self.settings)) if hasattr(self, "settings") else {})  # Rein-A's
+
     def teacher_weights(self) -> contextlib.AbstractContextManager[nn.Module]:
         "Within this context the segmenter has the averaged weights. Raises ValueError where there are none."
         if self.teacher is None:

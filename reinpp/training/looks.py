@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.functional import interpolate
 
 from ..data.datasets import Dataset
+from ..data.transforms import resize_image, short_edge_size
 from ..models.backbones import patch_size_of
+from ..models.losses import normalize_scores
 from ..models.mask2former import HeadOutput
 from ..models.rein_g import ReinG
 from ..models.segmenter import Segmenter, window_starts
@@ -26,21 +29,23 @@ from .evaluation import iou_from_confusion
 from ..work import Progress
 
 # %% ../../nbs/35_looks.ipynb #66118121
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a look is equal to itself alone, so that what is made of it can be kept
 class Look:
     "What one segmenter makes of one image. Maps of windows come in the order of `places`."
     image: np.ndarray  # (H, W, 3) uint8
     truth: np.ndarray | None  # (H, W) uint8 trainIds
-    scores: np.ndarray  # (K, H, W) float16: s_k
+    scores: np.ndarray  # (K, H, W) float32: s_k
     prediction: np.ndarray  # (H, W) uint8
     confidence: np.ndarray  # (H, W) float32 in [0, 1]
     entropy: np.ndarray  # (H, W) float32 in [0, 1]
     places: tuple  # (top, left, height, width) of each window
+    size: tuple  # (height, width) in which the model saw the image: `places` and `covered` are pixels of that
     covered: tuple  # (height, width) in pixels of what a window's maps show: the window, and padding
     classes: np.ndarray | None  # (windows, Q, K) float32 of the queries; None: a head without queries
     masks: np.ndarray | None  # (windows, Q, h, w) float16 of the queries, logits
     attention: np.ndarray | None  # (windows, blocks, heads, m, rows, columns) float16; None: not Rein-G
     proposals: np.ndarray | None = None  # (H, W) uint8: number of the smallest proposal, 255 = none
+    colours: np.ndarray | None = None  # (K, 3) uint8 of the classes; None: `labels.palette`
 
 
 class _Ears:
@@ -77,14 +82,18 @@ def look(
     truth: torch.Tensor | None = None,  # (H, W) trainIds
     window: int | None = None,  # side of the windows in pixels; None: the whole image at once
     stride: int | None = None,  # of the windows
+    fit: tuple[int, int] | None = None,  # (long edge, short edge) to scale to; None: as it is
 ) -> Look:
     "Everything that is shown of one image."
     image = image.as_subclass(torch.Tensor)
+    height, width = size = tuple(image.shape[-2:])
+    if fit: height, width = short_edge_size(*size, min(fit), max(fit))
+    x = resize_image(image, (height, width)) if fit else image
     with _Ears(segmenter) as ears:
-        scores = segmenter.predict(image[None].to(segmenter.mean.device).float() / 255, window, stride)[0].cpu()
-    share = scores.clamp(min=0) / scores.clamp(min=0).sum(0, keepdim=True).clamp(min=1e-6)
+        scores = segmenter.predict(x[None].to(segmenter.mean.device).float() / 255, window, stride)
+    if (height, width) != size: scores = interpolate(scores, size, mode="bilinear", align_corners=False)
+    share, scores = normalize_scores(scores)[0].cpu(), scores[0].cpu()
     entropy = -(share * share.clamp(min=1e-12).log()).sum(0) / np.log(max(2, len(share)))
-    height, width = image.shape[-2:]
     h, w = (min(window, height), min(window, width)) if window else (height, width)
     step = stride or (max(1, round(window * 2 / 3)) if window else max(h, w))  # as `predict` has it
     places = tuple((y, x, h, w) for y in window_starts(height, h, step) for x in window_starts(width, w, step))
@@ -97,8 +106,8 @@ def look(
         attention = torch.stack(every, 1).numpy()
     side = patch_size_of(segmenter.backbone)
     return Look(image.permute(1, 2, 0).contiguous().cpu().numpy(), None if truth is None else np.asarray(truth),
-                scores.half().numpy(), scores.argmax(0).byte().numpy(), share.amax(0).numpy(), entropy.numpy(),
-                places, tuple(side * n for n in ears.grid), classes, masks, attention)
+                scores.numpy(), scores.argmax(0).byte().numpy(), share.amax(0).numpy(), entropy.numpy(),
+                places, (height, width), tuple(side * n for n in ears.grid), classes, masks, attention)
 
 # %% ../../nbs/35_looks.ipynb #7afa11ba
 def _sample(maps: np.ndarray, look: Look, place: tuple, x: int, y: int) -> np.ndarray:
@@ -120,11 +129,17 @@ class Pixel(NamedTuple):
     tokens: np.ndarray | None  # (blocks, heads, m): attention of its patch, each of sum 1
 
 
-def explain(look: Look, x: int, y: int) -> Pixel:
-    "The scores, queries and tokens of a pixel. Raises ValueError for one outside the image."
-    height, width = look.prediction.shape
-    if not (0 <= x < width and 0 <= y < height):
-        raise ValueError(f"pixel ({x}, {y}) is not in this image: x goes to {width - 1}, y to {height - 1}")
+def _seen_pixels(look: Look, x: int, y: int) -> list[tuple[int, int, float]]:
+    "The pixels, as the model saw the image, of which this one is made, and their shares: x, y, share."
+    parts = []
+    for at, full, n in zip((x, y), look.prediction.shape[::-1], look.size[::-1]):
+        place = float(np.clip((at + 0.5) * n / full - 0.5, 0, n - 1))
+        parts.append([(int(place), 1 - place % 1), (min(int(place) + 1, n - 1), place % 1)])
+    return [(px, py, a * b) for px, a in parts[0] for py, b in parts[1] if a * b]
+
+
+def _why(look: Look, x: int, y: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    "`queries` and `tokens` of a pixel as the model saw the image, averaged over its windows."
     inside = [i for i, (top, left, h, w) in enumerate(look.places) if top <= y < top + h and left <= x < left + w]
     queries = tokens = None
     if look.masks is not None:
@@ -132,9 +147,26 @@ def explain(look: Look, x: int, y: int) -> Pixel:
         queries = np.mean([look.classes[i] / (1 + np.exp(-m)) for i, m in zip(inside, logits)], 0)
     if look.attention is not None:
         tokens = np.mean([_sample(look.attention[i], look, look.places[i], x, y) for i in inside], 0)
-    return Pixel(look.scores[:, y, x].astype(np.float32), queries, tokens)
+    return queries, tokens
+
+
+def explain(look: Look, x: int, y: int) -> Pixel:
+    "The scores, queries and tokens of a pixel. Raises ValueError for one outside the image."
+    height, width = look.prediction.shape
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"pixel ({x}, {y}) is not in this image: x goes to {width - 1}, y to {height - 1}")
+    seen = _seen_pixels(look, x, y)
+    parts = zip(*[_why(look, px, py) for px, py, _ in seen])
+    shares = [share for _, _, share in seen]
+    queries, tokens = (None if one[0] is None else sum(s * v for s, v in zip(shares, one)) for one in parts)
+    return Pixel(look.scores[:, y, x], queries, tokens)
 
 # %% ../../nbs/35_looks.ipynb #53e697c4
+def _resized(values: np.ndarray, size: tuple) -> np.ndarray:
+    "A map (h, w) float32 in another size (height, width), bilinearly."
+    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
 def similarity_map(
     look: Look,
     block: int = -1,  # of the backbone
@@ -145,12 +177,11 @@ def similarity_map(
     if look.attention is None: return None
     _, blocks, heads, tokens = look.attention.shape[:4]
     maps = look.attention[:, range(blocks)[block], min(head, heads - 1), min(token, tokens - 1)].astype(np.float32)
-    total, count = np.zeros(look.prediction.shape, np.float32), np.zeros(look.prediction.shape, np.float32)
+    total, count = np.zeros((2, *look.size), np.float32)
     for one, (top, left, h, w) in zip(maps, look.places):
-        large = Image.fromarray(one).resize(look.covered[::-1], Image.Resampling.BILINEAR)
-        total[top:top + h, left:left + w] += np.asarray(large)[:h, :w]
+        total[top:top + h, left:left + w] += _resized(one, look.covered)[:h, :w]
         count[top:top + h, left:left + w] += 1
-    return total / count
+    return _resized(total / count, look.prediction.shape)
 
 # %% ../../nbs/35_looks.ipynb #c99a791f
 class Seen(NamedTuple):
@@ -182,14 +213,17 @@ def survey(
     count: int | None = None,  # of images, the first ones; None: all
     window: int | None = None,  # of `predict`
     stride: int | None = None,  # of `predict`
+    fit: tuple[int, int] | None = None,  # of `look`
     show: str = "none",  # one of `PROGRESS`
 ) -> list[Seen]:
-    "All images, worst (without labels: least sure) first."
+    "All images, worst first; least sure first without labels, or where they are of another number of classes."
     total, rows = min(count or len(dataset), len(dataset)), []
+    same = len(dataset.classes) == segmenter.num_classes
     with Progress(total, f"{dataset.name}/{dataset.split}", "image", show=show) as report:
         for i in range(total):
             image, truth, name = dataset[i]
-            rows.append(judge(i, name, look(segmenter, image, truth, window, stride), segmenter.num_classes))
+            found = look(segmenter, image, truth if same else None, window, stride, fit)
+            rows.append(judge(i, name, found, segmenter.num_classes))
             report.update()
     return sorted(rows, key=lambda r: r.confidence if r.miou is None else r.miou)
 

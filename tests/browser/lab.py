@@ -19,6 +19,7 @@ SETTINGS = {  # a first start asks no questions
     "apputils-extension/themes": '{"theme": "JupyterLab Light"}',
 }
 PROMPTS = ".jp-CodeCell .jp-InputPrompt"
+PATIENCE = 180_000  # milliseconds until a condition has come true; a machine may have other work
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 
 
@@ -58,7 +59,7 @@ class Lab:
         with open(folder / "lab.log", "wb") as log:
             self.server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment)
 
-    def wait(self, seconds: float = 120) -> "Lab":
+    def wait(self, seconds: float = PATIENCE / 1000) -> "Lab":
         "Itself, once it answers."
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.server.poll() is None:
@@ -69,7 +70,7 @@ class Lab:
 
     def close(self):
         self.server.terminate()
-        self.server.wait(30)
+        self.server.wait(PATIENCE / 1000)
 
     def copy(self, name: str, **parameters) -> str:
         "A notebook of `nbs/` under its own name, with other values of some parameters."
@@ -92,9 +93,10 @@ class Notebook:
 
     def __init__(self, page, url: str):
         self.page = page
+        page.set_default_timeout(PATIENCE)
         page.goto(url)
-        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
-        page.get_by_text("| Idle").wait_for(timeout=120_000)  # the status line, once the kernel is there
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+        page.get_by_text("| Idle").wait_for()  # the status line, once the kernel is there
 
     def run_all(self, seconds: float = 300) -> None:
         "Run > Run All Cells; until nothing runs any more."
@@ -103,12 +105,16 @@ class Notebook:
 
     def start_all(self) -> None:
         "Run > Run All Cells. JupyterLab forgets what is asked before it holds its kernel: then it is asked again."
-        for _ in range(5):
+        from playwright.sync_api import TimeoutError
+        prompts = "p => [...document.querySelectorAll(p)].map(e => e.textContent).join()"
+        before = self.page.evaluate(prompts, PROMPTS)
+        for _ in range(3):
             self.page.get_by_role("menuitem", name="Run", exact=True).click()
             self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-            for _ in range(20):
-                if any("*" in p or "1" in p for p in self.page.locator(PROMPTS).all_inner_texts()): return
-                self.page.wait_for_timeout(500)
+            with contextlib.suppress(TimeoutError):
+                self.page.wait_for_function(f"([p, was]) => ({prompts})(p) != was", arg=[PROMPTS, before],
+                    timeout=PATIENCE / 3)
+                return
         pytest.fail("no cell was run")
 
     def interrupt(self) -> None:
