@@ -217,7 +217,7 @@ def torchrun(*arguments, processes=2):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def finish(process, timeout=240):
+def finish(process, timeout=900):
     try:
         return process.communicate(timeout=timeout)
     finally:
