@@ -18,10 +18,12 @@ from PIL import Image
 
 from reinpp.adaptation.rein_a import ReinA
 from reinpp.command_line import main
+from reinpp.explore import Explorer
 from reinpp.labels import IGNORE, PALETTE, class_colours, class_list
 from reinpp.models.segmenter import load_segmenter
 from reinpp.own_data import OwnData, Task
 from reinpp.paper import tables
+from reinpp.prediction import read_use
 
 matplotlib.use("Agg")
 
@@ -313,6 +315,13 @@ def test_generalize_then_adapt_to_photographs_of_any_size(folders, tmp_path, cap
         labels = [np.asarray(Image.open(file)) for file in both]
         assert (labels[0] == labels[1]).all()
     assert labels[0].shape == (61, 40), "the upright photograph is upright"
+    e = Explorer("adapter", domain=str(target), folder=out, runs=out)
+    run = next(name for name in e.adapters if name.endswith(": student"))
+    for name, k in ((name, k) for name in ("adapter", run) for k in range(3)):
+        label = np.asarray(Image.open(out / "predictions" / "trainids" / f"{k}.png"))
+        assert (e.change(adapter=name, index=k).view().prediction == label).all(), f"{name} in the explorer"
+    kept = read_use(e.folder("adapter"), e.use("adapter"))
+    assert e.how(run) == kept and (e.state.tau, e.state.weighting) == (0.8, "pixel"), "as the preset adapts"
 
 
 def test_masks_of_the_target_measure_and_do_not_train(folders, tmp_path, monkeypatch):

@@ -123,6 +123,14 @@ def test_known_objects_become_placeholders(tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / "np.pth").keys() == {"a"}
 
 
+def test_tensors_that_lie_among_others_are_named(tmp_path):
+    torch.save(dict(run=dict(teacher=dict(a=torch.ones(2)), steps=3), b=torch.zeros(1)), tmp_path / "run.pt")
+    assert read_checkpoint(tmp_path / "run.pt", ("run", "teacher"))["a"].tolist() == [1, 1]
+    for wrong in (("run",), ("run", "student"), ("b", "a"), ("run", "steps")):
+        with pytest.raises(ValueError, match=f"run.pt: holds no {'.'.join(wrong)} of tensors"):
+            read_checkpoint(tmp_path / "run.pt", wrong)
+
+
 def test_other_objects_are_refused_and_run_nothing(tmp_path, monkeypatch):
     save_foreign("othertool", tmp_path / "other.pth", monkeypatch)
     with pytest.raises(ValueError, match=r"other.pth: not loaded.*could be code.*othertool\.logging"):

@@ -95,7 +95,7 @@ def make_run(folder):
     day, snow = open_dataset("scenes", "train", count=2), open_dataset("scenes", "snow/train", count=2, labels=False)
     settings = Adaptation(tau=0.9, weighting="pixel", num_points=64, rcs=False)
     fit(ReinA(load_segmenter("scenes_rein_g_seed0"), day, snow, settings=settings), iterations=2, stop_at=1,
-        batch_size=2, lr=1e-2, run_dir=folder, device="cpu", progress="none")
+        batch_size=2, lr=2e-3, run_dir=folder, device="cpu", progress="none")
 
 
 def test_explore(lab, page, pictures):
