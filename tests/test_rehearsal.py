@@ -225,3 +225,19 @@ def test_genuine_frames(tmp_path):
     segmenter = create_segmenter(**plan("rehearsal", "freeze").model).eval()
     result = evaluate(segmenter, open_dataset("cityscapes", "train", root=REAL), window=512, stride=341, batch=1)
     assert result["images"] == 4 and sum(map(sum, result["confusion"])) == counts.sum(), "each labelled pixel once"
+
+
+def test_a_page_counts_the_reduced_models_too(capsys):
+    "Rein-G's parameters as the page counts them, on the meta device, are those of the very segmenter of the run."
+    from types import SimpleNamespace
+
+    from reinpp.models.segmenter import create_segmenter
+    from reinpp.paper.page import count_rows
+    row, = (row for label, row in tables()["table6"].rows("rehearsal").items() if label == "rank 8")
+    model = plan("rehearsal", **row).model
+    record = dict(parameters=create_segmenter(**model).trainable_parameters())
+    page = SimpleNamespace(rows={"rank 8": row}, preset="rehearsal", records=lambda label: [record])
+    count_rows(page)
+    assert capsys.readouterr().out == f"rank 8: {record['parameters']['adapter']:,}, as in its records\n"
+    record["parameters"]["adapter"] += 1
+    with pytest.raises(AssertionError): count_rows(page)

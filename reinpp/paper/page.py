@@ -312,7 +312,8 @@ def count_rows(page: Shown) -> None:
     from reinpp.paper.experiments import plan
     for label, run in page.rows.items():
         model = plan(page.preset, **run).model
-        vit = create_backbone(model["backbone"], model["image_size"], pretrained=False, device="meta")
+        options = model.get("backbone_args", {}) | dict(pretrained=False, device="meta")
+        vit = create_backbone(model["backbone"], model["image_size"], **options)
         width = model.get("head_args", {}).get("hidden_dim", 256)
         with torch.device("meta"):
             adapter = create_adapter("rein_g", vit, **dict(query_dim=width) | model.get("adapter_args", {}))
