@@ -114,6 +114,15 @@ def test_it_opens(name, tmp_path):
         assert all((tmp_path / f"{name}.{ending}").stat().st_size > 5000 for ending in ("svg", "png"))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("fig3", "fig4", "fig5")])
+def test_it_opens_with_the_papers_own_rows(name, tmp_path, capsys):
+    "On the day when there is a GPU, too: before anything is trained."
+    wanted = dict(preset="paper", run_missing=False, models=["dinov2_large"], output=str(tmp_path))
+    shown, _ = run(name, **{k: v for k, v in wanted.items() if k in defaults(name)})
+    assert shown and "preset tiny" not in capsys.readouterr().out
+    assert defaults(name)["rows"] is None, "all of the paper's rows, not a small preset's few"
+
+
 @pytest.mark.parametrize("name", ["table2", "table8", "fig2"])
 def test_from_an_empty_ledger(name, tmp_path, capsys):
     run(name, **quiet(tmp_path, name, results=str(tmp_path / "empty")))

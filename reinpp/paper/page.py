@@ -160,6 +160,7 @@ class Shown(Opened):
     def compare(self, pairs: list[tuple[str, str]] | None = None, none: str = "") -> None:
         "A sentence for each pair of rows (None: the base and every other) that were trained for as long."
         if self.settings: return
+        if pairs is None and not self.base: return print("no row stands here that the others are compared with")
         pairs = [(self.base, label) for label in self.rows if label != self.base] if pairs is None else pairs
         none = none or f"no other row is as long as {self.base}: nothing is compared"
         if self.table.targets:  # adaptations: `verdicts` looks at lengths itself
@@ -312,7 +313,8 @@ def count_rows(page: Shown) -> None:
     from reinpp.paper.experiments import plan
     for label, run in page.rows.items():
         model = plan(page.preset, **run).model
-        options = model.get("backbone_args", {}) | dict(pretrained=False, device="meta")
+        options = {k: v for k, v in model.get("backbone_args", {}).items() if k != "hold"}
+        options |= dict(pretrained=False, device="meta")
         vit = create_backbone(model["backbone"], model["image_size"], **options)
         width = model.get("head_args", {}).get("hidden_dim", 256)
         with torch.device("meta"):
