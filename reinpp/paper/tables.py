@@ -253,13 +253,14 @@ def preflight(
     seeds=(0,),
     targets=(),
     data_root: str | Path | None = None,
+    runs: str | Path | None = None,
     results: str | Path | None = None,
 ) -> dict[str, list[str]]:
     "Row -> one line for each thing that it lacks here; an empty list for a row that can run. Nothing is changed."
-    wants = wanted(preset, rows, seeds[:1], targets, Ledger(results))
+    wants = wanted(preset, rows, seeds[:1], targets, Ledger(results), runs=runs)
     lacks = {label: [] for label in rows}
     for (label, *_), e in wants.items():
-        lacks[label] += lacking(e, data_root, results=results)
+        lacks[label] += lacking(e, data_root, runs, results)
     return {label: list(dict.fromkeys(lines)) for label, lines in lacks.items()}
 
 # %% ../../nbs/54_tables.ipynb #dc2ef559
