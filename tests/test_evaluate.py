@@ -20,10 +20,13 @@ from reinpp.models.segmenter import load_segmenter
 from reinpp.training.evaluation import (
     CONDITIONS,
     SETS,
+    SYNTHIA_13,
+    SYNTHIA_16,
     average,
     evaluate,
     evaluate_set,
     iou_from_confusion,
+    mean_iou,
     predict_to_folder,
     predictions,
     protocol,
@@ -366,3 +369,14 @@ def test_progress_is_quiet_off_a_terminal(capsys):
     evaluate(Table(), random_set(SIZES))
     assert capsys.readouterr().out == ""
 
+
+def test_synthia_means():
+    result = evaluate(Table(), random_set(SIZES, classes=CLASSES))
+    iou = result["iou"]
+    assert len(SYNTHIA_16) == 16 and len(SYNTHIA_13) == 13
+    assert not {"terrain", "truck", "train"} & set(SYNTHIA_16) and not {"wall", "fence", "pole"} & set(SYNTHIA_13)
+    for classes in (SYNTHIA_16, SYNTHIA_13):
+        assert mean_iou(result, classes) == pytest.approx(np.nanmean([iou[c] for c in classes]))
+    assert mean_iou(result, CLASSES) == pytest.approx(result["miou"])
+    with pytest.raises(ValueError, match="class='tram' is unknown: use one of road"):
+        mean_iou(result, ("road", "tram"))
