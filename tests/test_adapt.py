@@ -316,6 +316,7 @@ def test_generalize_then_adapt_to_photographs_of_any_size(folders, tmp_path, cap
         assert (labels[0] == labels[1]).all()
     assert labels[0].shape == (61, 40), "the upright photograph is upright"
     e = Explorer("adapter", domain=str(target), folder=out, runs=out)
+    assert (e.state.tau, e.state.weighting) == (0.8, "pixel"), "as the adapter's record says"
     run = next(name for name in e.adapters if name.endswith(": student"))
     for name, k in ((name, k) for name in ("adapter", run) for k in range(3)):
         label = np.asarray(Image.open(out / "predictions" / "trainids" / f"{k}.png"))

@@ -423,6 +423,9 @@ def test_a_run_without_a_teacher_offers_its_student(tmp_path):
     e.change(adapter="averaged: teacher")
     teacher = load_segmenter(e.folder("averaged: teacher")).trained_state()
     assert all(torch.equal(t, objective.teacher[name]) for name, t in teacher.items())
+    student = load_segmenter(e.folder("averaged: student")).trained_state()
+    assert all(torch.equal(t, objective.segmenter.trained_state()[name]) for name, t in student.items())
+    assert any((student[name] != t).any() for name, t in teacher.items())
 
 
 def test_what_is_wrong_with_a_run_is_said(run, tmp_path):
