@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,11 @@ def test_no_line_over_120():
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 120 or line.startswith("__all__ = "), f"{path.name}:{number} has {len(line)} columns"
+
+
+def test_pages_fit_the_window():
+    "JupyterLab cuts code off at about 110 columns; lessons, which are read as modules too, may be wider."
+    for path in sorted((ROOT / "nbs").glob("[a-z]*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            for line in "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else ():
+                assert len(line) <= 110, f"{path.name}: {line}"
