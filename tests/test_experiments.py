@@ -337,6 +337,16 @@ def test_a_run_looks_at_a_few_images_now_and_then(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["check mIoU of scenes:night/val[:1]"] >= 0 for row in rows] == [True, True]
     assert rows[1]["check mIoU of scenes:val[:6]"] != pytest.approx(found["plain"]["metrics"]["scenes:val[:6]"]["miou"])
+    absent = dataclasses.replace(small, evaluate_on=(*small.evaluate_on, "gtav:train"))
+    check = runs.check_of(absent, tmp_path)
+    assert list(check(runs.build(small, tmp_path).eval())) == [f"mIoU of {d}" for d in small.evaluate_on]
     adapts = plan("tiny", "rein_a", target="night")
     assert runs.proposals_folder(adapts, adapts.source, tmp_path) == (
         tmp_path / "cache" / "proposals" / "scenes_train_classical_2")
+
+
+def test_the_command_line_hands_on_what_is_to_be_logged(monkeypatch):
+    said = {}
+    monkeypatch.setattr(runs, "run", lambda *given, **options: said.update(options) or dict(metrics={}))
+    runs.main(["tiny", "freeze", "--check-every", "100", "--tensorboard"])
+    assert said == dict(workers=None, checkpointing=False, check_every=100, tensorboard=True)

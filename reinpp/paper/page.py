@@ -160,7 +160,9 @@ class Shown(Opened):
     def compare(self, pairs: list[tuple[str, str]] | None = None, none: str = "") -> None:
         "A sentence for each pair of rows (None: the base and every other) that were trained for as long."
         if self.settings: return
-        if pairs is None and not self.base: return print("no row stands here that the others are compared with")
+        if pairs is None and not self.base:
+            print("no row stands here that the others are compared with")
+            return
         pairs = [(self.base, label) for label in self.rows if label != self.base] if pairs is None else pairs
         none = none or f"no other row is as long as {self.base}: nothing is compared"
         if self.table.targets:  # adaptations: `verdicts` looks at lengths itself

@@ -178,8 +178,10 @@ def check_of(
     data_root: str | Path | None = None,
     few: int = 4,  # images of each domain, always the first ones
 ) -> Callable[[Segmenter], dict[str, float]]:  # segmenter -> mIoU in [0, 1] by domain
-    "What `fit(check=)` may log of a run between its steps; nothing is chosen by it, and no result depends on it."
-    sets = {domain: _few(domain, data_root, few) for domain in experiment.evaluate_on}
+    """What `fit(check=)` may log of a run between its steps; nothing is chosen by it, and no result depends on it.
+
+    Domains that cannot be opened here are left out: a source model is trained for others where one is missing."""
+    sets = {d: _few(d, data_root, few) for d in experiment.evaluate_on if not _closed(d, data_root)}
     options = {domain: _seen(experiment, domain.partition(":")[0]) for domain in sets}
     return lambda segmenter: {f"mIoU of {d}": evaluate(segmenter, s, **options[d])["miou"] for d, s in sets.items()}
 
