@@ -6,6 +6,7 @@
 __all__ = ['adapters', 'InRun', 'unfinished', 'own_teaching', 'domains', 'Explorer']
 
 # %% ../nbs/60_explore.ipynb #66d916dc
+import contextlib
 import tempfile
 from collections import OrderedDict
 from dataclasses import asdict, replace
@@ -53,10 +54,13 @@ class InRun(NamedTuple):
 def unfinished(
     runs: str | Path | None = None,  # folder of runs; None: `runs_folder`
 ) -> dict[str, InRun]:
-    "`<run>: student` and, where the run has one, `<run>: teacher`, of the runs with a checkpoint."
+    """`<run>: student` and, where the run has one, `<run>: teacher`, of the runs with a checkpoint.
+
+    A run whose file about itself is damaged offers both: who chooses one is told what is wrong."""
     found = {}
     for name, run in find_runs(runs_folder(runs)).items():
-        has = ROLES if read_about(run)["teacher"] else ROLES[:1]
+        has = ROLES
+        with contextlib.suppress(ValueError): has = ROLES if read_about(run)["teacher"] else ROLES[:1]
         found |= {f"{name}: {role}": InRun(run, role) for role in has}
     return found
 

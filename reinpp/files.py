@@ -51,10 +51,10 @@ def runs_folder(runs: str | Path | None = None) -> Path:
     return Path(runs or os.environ.get("REINPP_RUNS") or data_folder() / "runs")
 
 
-def cache_folder(runs: str | Path | None = None) -> Path:
-    """What REINPP_CACHE_ROOT names, or `runs_folder(runs)`: where proposals lie, what `check` has seen, and class
-    statistics of a set that cannot be written to."""
-    return Path(os.environ.get("REINPP_CACHE_ROOT") or runs_folder(runs))
+def cache_folder(runs: str | Path | None = None, cache_root: str | Path | None = None) -> Path:
+    """`cache_root`, or what REINPP_CACHE_ROOT names, or `runs_folder(runs)`: where proposals lie, what `check` has
+    seen, and class statistics of a set that cannot be written to."""
+    return Path(cache_root or os.environ.get("REINPP_CACHE_ROOT") or runs_folder(runs))
 
 # %% ../nbs/01_files.ipynb #05d706bf
 def check_choice(

@@ -343,6 +343,25 @@ def test_a_run_looks_at_a_few_images_now_and_then(tmp_path, monkeypatch):
     adapts = plan("tiny", "rein_a", target="night")
     assert runs.proposals_folder(adapts, adapts.source, tmp_path) == (
         tmp_path / "cache" / "proposals" / "scenes_train_classical_2")
+    given = runs.proposals_folder(adapts, adapts.source, tmp_path, tmp_path / "given")
+    assert given == tmp_path / "given" / "proposals" / "scenes_train_classical_2", "what is given comes first"
+
+
+def test_a_page_hands_on_where_proposals_lie(tmp_path, monkeypatch):
+    from reinpp.paper import page as pages
+    said = {}
+    monkeypatch.setattr(pages, "fill", lambda *given, **options: said.update(options) or {})
+    namespace = dict(preset="tiny", run_missing=False, cache_root=str(tmp_path))
+    pages.Page("table10", namespace).fill()
+    assert said["cache_root"] == str(tmp_path)
+
+
+def test_proposals_are_made_where_the_run_is_told(tmp_path):
+    adapts = dataclasses.replace(plan("tiny", "rein_a", target="night", limit_iterations=1), source="scenes:train[:2]",
+        target="scenes:night/train[:2]", evaluate_on=("scenes:night/val[:1]",))
+    run(adapts, Ledger(tmp_path / "results"), tmp_path / "runs", cache_root=tmp_path / "cache", progress="none")
+    made = sorted(p.parent.name for p in (tmp_path / "cache" / "proposals").glob("*/manifest.json"))
+    assert len(made) == 2 and not (tmp_path / "runs" / "proposals").exists()
 
 
 def test_the_command_line_hands_on_what_is_to_be_logged(monkeypatch):

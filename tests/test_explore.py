@@ -446,8 +446,10 @@ def test_what_is_wrong_with_a_run_is_said(run, tmp_path):
                            (dict(said, segmenter={}), "damaged .no backbone"),
                            (dict(said, segmenter=said["segmenter"] | dict(head="x")), "head='x'")):
         (folder / "run.json").write_text(json.dumps(wrong))
+        e = Explorer(count=1, runs=tmp_path)  # it opens, and shows what else is there
         with pytest.raises(ValueError, match=message):
-            Explorer(count=1, runs=tmp_path)
+            e.change(adapter="snow: student")
+        assert e.state == before
 
 
 # The panel

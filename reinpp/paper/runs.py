@@ -84,20 +84,21 @@ def proposals_folder(
     experiment: Experiment,  # that adapts
     domain: str,  # its source or target
     runs: Path | None = None,  # None: `data/runs`
+    cache_root: str | Path | None = None,  # instead of `runs`
 ) -> Path | None:
     "Where the proposals of a domain are kept; None for perfect masks, which are made as they are read."
     a = experiment.adaptation
     if a["engine"] == "instances": return None
     name = f"{domain.replace(':', '_').replace('/', '_')}_{a['engine']}_{a['reduction']}"
-    return cache_folder(runs) / "proposals" / name
+    return cache_folder(runs, cache_root) / "proposals" / name
 
 
-def _place_statistics(dataset, runs):
-    "Class statistics of data that cannot be written to are kept among the runs."
+def _place_statistics(dataset, cache):
+    "Class statistics of data that cannot be written to are kept in the folder `cache`."
     for part in getattr(dataset.reader, "datasets", [dataset]):
         folder = part.statistics
         if folder and not (Path(folder) / STATISTICS[0]).exists() and not os.access(folder, os.W_OK):
-            part.statistics = cache_folder(runs) / "statistics" / part.name
+            part.statistics = cache / "statistics" / part.name
             print(f"{folder} cannot be written: its class statistics are kept in {part.statistics}", flush=True)
 
 
@@ -115,11 +116,12 @@ def objective_of(
     data_root: str | Path | None = None,
     runs: Path | None = None,  # proposals are kept in <runs>/proposals
     few: int | None = None,  # of so many images alone, and nothing is kept: for an estimate
+    cache_root: str | Path | None = None,  # of proposals and statistics, instead of `runs`
 ) -> Generalize | ReinA:
     "The objective with the run's settings."
     d = experiment.data
     source = _few(experiment.source, data_root, few)
-    _place_statistics(source, runs)
+    _place_statistics(source, cache_folder(runs, cache_root))
     crop = {k: d[k] for k in ("crop", "base", "scales", "max_long", "min_class_pixels")}
     transform = TrainTransform(**crop, fill=tuple(segmenter.mean.flatten().tolist()))
     if experiment.method != "rein_a":
@@ -131,7 +133,7 @@ def objective_of(
     target = _few(experiment.target, data_root, few, labels=False)
     with_stm, stores = a.pop("use_stm", True), []
     for dataset, domain in ((source, experiment.source), (target, experiment.target)) if with_stm else ():
-        kept = None if few else proposals_folder(experiment, domain, runs)
+        kept = None if few else proposals_folder(experiment, domain, runs, cache_root)
         stores.append(make_proposals(dataset, engine, kept, reduction, shard=(get_rank(), get_world_size()),
             progress=get_rank() == 0, **options))
     barrier()  # for the other processes' share of the proposals
@@ -139,7 +141,7 @@ def objective_of(
         settings=Adaptation(rcs=d["rcs"], num_points=d["num_points"], **a))
 
 # %% ../../nbs/52_runs.ipynb #64a9e8b0
-def _train(experiment, segmenter, runs, data_root, made_by, **options):
+def _train(experiment, segmenter, runs, data_root, made_by, cache_root=None, **options):
     "What the record says of training; the segmenter is trained, or loaded with what this very run trained before."
     trained, folder = broadcast(find_adapter(experiment, runs)), runs / experiment.training_key
     if experiment.method == OFFICIAL:
@@ -151,7 +153,7 @@ def _train(experiment, segmenter, runs, data_root, made_by, **options):
     if get_rank() == 0:
         if (folder / "adapter").exists(): print(f"{folder / 'adapter'} is damaged: made again", flush=True)
         print(f"training {experiment}", flush=True)
-    objective = objective_of(experiment, segmenter, data_root, runs)
+    objective = objective_of(experiment, segmenter, data_root, runs, cache_root=cache_root)
     if options.get("check_every"): options["check"] = check_of(experiment, data_root)
     made = fit(objective, run_dir=folder, seed=experiment.seed, **experiment.training, **options)
     if not made["finished"]:
@@ -227,6 +229,7 @@ def run(
     ledger: Ledger | None = None,  # None: `data/results`
     runs: str | Path | None = None,  # folder for checkpoints and adapters; None: `data/runs`
     data_root: str | Path | None = None,
+    cache_root: str | Path | None = None,  # of proposals and statistics, instead of `runs`
     **options,  # of `fit`: workers, checkpointing, device, precision, progress
 ) -> dict:  # the record
     """The record of a run: from the ledger, or made now (and what it starts from as well).
@@ -238,15 +241,15 @@ def run(
     ledger, runs = ledger or Ledger(), runs_folder(runs)
     init_process_group(options.get("device"))
     if (record := broadcast(ledger.get(experiment))) is not None: return record
-    return _make(experiment, ledger, runs, data_root, False, **options)
+    return _make(experiment, ledger, runs, data_root, False, cache_root=cache_root, **options)
 
 
-def _check_engine(experiment, runs):
+def _check_engine(experiment, runs, cache_root=None):
     "Nothing comes back. Raises FileNotFoundError where proposals are to be made, and the engine lacks something."
     a = experiment.adaptation
     if not experiment.model.get("pretrained", True): return  # random weights, of SAM too: a rehearsal
     if not a.get("use_stm", True) or find_adapter(experiment, runs) is not None: return
-    kept = [proposals_folder(experiment, domain, runs) for domain in (experiment.source, experiment.target)]
+    kept = [proposals_folder(experiment, domain, runs, cache_root) for domain in (experiment.source, experiment.target)]
     if all(folder is None or (folder / "manifest.json").exists() for folder in kept): return
     if lacks := lacking_engine(a["engine"]):
         raise FileNotFoundError(f"{experiment}: no proposals in {kept[0].parent} yet, and {'; '.join(lacks)}")
@@ -260,7 +263,7 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
     if cannot and not for_adapter: raise cannot
     if experiment.target:
         open_domain(experiment.target, data_root, labels=False)
-        _check_engine(experiment, runs)
+        _check_engine(experiment, runs, options.get("cache_root"))
     if experiment.start is not None and broadcast(find_adapter(experiment.start, runs)) is None:
         _make(experiment.start, ledger, runs, data_root, True, **options)
     folder = runs / experiment.training_key
@@ -336,6 +339,7 @@ def estimate(
     runs: str | Path | None = None,
     data_root: str | Path | None = None,
     steps: int = 3,  # measured steps of each kind
+    cache_root: str | Path | None = None,  # of proposals and statistics, instead of `runs`
     **options,  # of `fit`, as of `run`
 ) -> str:
     """One line for each run with the time that its training will take here, from measured steps, on a GPU its peak
@@ -353,7 +357,7 @@ def estimate(
         kind = json.dumps([config[k] for k in ("method", "model", "data", "adaptation")]), one.training["batch_size"]
         if kind not in cost:
             torch.manual_seed(0)
-            objective = objective_of(one, create_segmenter(**one.model), data_root, runs, few=2)
+            objective = objective_of(one, create_segmenter(**one.model), data_root, runs, 2, cache_root)
             more |= _besides_training(one, objective, data_root)
             for count in (1, steps):  # the first is the slowest, and not counted
                 cost[kind] = fit(objective, **one.training | options
@@ -384,6 +388,7 @@ def main(
     parser.add_argument("--data-root", help="folder that holds the datasets (default: data/ of the checkout)")
     parser.add_argument("--results", help="folder of the ledger (default: data/results)")
     parser.add_argument("--runs", help="folder of checkpoints and adapters (default: data/runs)")
+    parser.add_argument("--cache-root", help="folder of proposals and class statistics (default: that of --runs)")
     parser.add_argument("--workers", type=int, help="loader processes (default: up to 8 on a GPU, none on a CPU)")
     parser.add_argument("--check-every", type=int, help="iterations from one look at a few images to the next")
     parser.add_argument("--tensorboard", action="store_true", help="the log as TensorBoard's events, too")
@@ -395,7 +400,7 @@ def main(
         if a.limit_iterations is not None and a.limit_iterations < 1:
             raise ValueError(f"limit_iterations={a.limit_iterations}: give a number from 1 up, or leave it out")
         wanted = plan(a.preset, a.method, a.seed, a.target, a.limit_iterations, setting=a.setting)
-        record = run(wanted, Ledger(a.results), a.runs, a.data_root, workers=a.workers,
+        record = run(wanted, Ledger(a.results), a.runs, a.data_root, a.cache_root, workers=a.workers,
             checkpointing=a.checkpointing, check_every=a.check_every, tensorboard=a.tensorboard)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"runs: {error}") from None
