@@ -100,6 +100,23 @@ def test_mathematics_is_rendered_from_local_files(site, pages):
         assert len(list((file.parent / "output/chtml/fonts/woff-v2").glob("*.woff"))) > 20
 
 
+def test_a_formula_is_a_paragraph(pages):
+    "Anything else is drawn in JupyterLab, and falls apart on the site; so do numbered formulas of several lines."
+    wrong = []
+    for file in sorted((ROOT / "nbs").glob("*.ipynb")):
+        for cell in json.loads(file.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "markdown": continue
+            parts = re.split(r"(?s)(\$\$.*?\$\$)", source)
+            for before, formula, after in zip(parts[::2], parts[1::2], parts[2::2]):
+                alone = before.endswith("\n\n") and (after.startswith("\n\n") or not after.strip())
+                if not alone or r"\tag" in formula and r"\\" in formula: wrong.append(f"{file.name}: {formula}")
+    assert not wrong
+    for page, text in pages.items():
+        prose = re.sub(r'(?s)<(pre|script|code|title)\b.*?</\1>|<(span|div) class="math.*?</\2>', "", text)
+        assert "$$" not in prose and r"\frac" not in prose, page
+
+
 def test_the_reference_has_every_public_name(pages):
     named = re.findall(r'class="sig-name descname"><span class="pre">(\w+)<', pages["docs/api.html"])
     assert set(reinpp.__all__) <= set(named)

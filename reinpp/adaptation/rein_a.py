@@ -44,7 +44,7 @@ class Adaptation:
     alpha: float = 1.0  # [P] weight of the mix branch
     beta: float = 1.0  # [P] weight of the mask branch
     ema: float = 0.999  # [S] share of the old teacher in each average
-    ema_warmup: bool = False  # [D] off: the cited works' ramp min(1 - 1 / (t + 1), ema)
+    ema_warmup: bool = False  # [D] True: ema grows as min(1 - 1 / (t + 1), ema), as in the cited works
     weighting: str = "image"  # [S] of pseudo labels: "image" (every pixel weighs q) or "pixel" (1 where sure, else 0)
     margins: tuple[int, int] = (0, 0)  # [S] rows at top and bottom whose pseudo labels weigh 0: (15, 120) at 1024 x 512
     mask_block: int = 32  # [S] side of a hidden block in pixels
@@ -53,7 +53,7 @@ class Adaptation:
     limit: int = 100  # [D] proposals of an image that STM sees
     pool: int = 400  # [D] proposals of a crop that travel in a batch: cut to `limit` after mixing
     stm_least: float = 0.5  # [D] pixels of STM's answer under this normalised score are not valid
-    stm_queries: bool = False  # [D] off: eq. 19 matches one mask a query of STM, not one a class
+    stm_queries: bool = False  # [D] targets of eq. 19: True: a mask a query of STM; False: one a class of its answer
     stm_warmup: int = 0  # [D] iterations in which STM learns before it teaches
     num_points: int = 12544  # [S] points a mask for matching and losses
     use_mix: bool = True  # [P] ablation: without the mix branch
@@ -153,7 +153,7 @@ def sample(self: ReinA, key: int, seed: int) -> dict[str, Tensor]:
     x_t, _, geometry_t = self.target_transform(target)
     sample = dict(source=x_s, source_label=y_s, source_inside=geometry_s.valid, target=x_t,
                   target_inside=geometry_t.valid, draw=fold(seed, key))
-    sample["hidden"] = random_block_mask(*x_t.shape[-2:], s.mask_block, s.mask_ratio)  # 16: M <- RandomMask()
+    sample["hidden"] = random_block_mask(*x_t.shape[-2:], s.mask_block, s.mask_ratio)  # 16: M <- RandomMask(): 1 - M
     if s.use_mix: sample["mixed"], sample["pasted"] = mix_images(x_s, y_s, x_t)  # 10: x_mix
     if self.stm is not None:
         ours, theirs = self.source.actual(index), self.target.actual(other, "image")

@@ -111,13 +111,13 @@ def _make_parameters(self: ReinG, scale: float) -> None:
         self.full_tokens = uniform_tokens(c, self.depth, m, c)
     layers = range(1 if self.share_mlp else self.depth)
     self.token_to_value = nn.ModuleList(nn.Linear(c, c) for _ in layers)  # W_T, b_T
-    self.mlp = nn.ModuleList(
+    self.mlp = nn.ModuleList(  # W_f, b_f; GELU; W_g, b_g (eq. 13), or W_f, b_f alone (eq. 7)
         nn.Sequential(nn.Linear(c, c // 2), nn.GELU(), nn.Linear(c // 2, c)) if self.config["gelu"]
         else nn.Linear(c, c) for _ in layers)
     self.scale = nn.Parameter(torch.tensor(scale))  # s
     if self.config["link_queries"]:
         self.token_to_query = nn.Linear(c, query_dim)  # W_Qi, b_Qi
-        self.merge = nn.Linear(3 * query_dim, query_dim)
+        self.merge = nn.Linear(3 * query_dim, query_dim)  # W_Q, b_Q
 
 
 @patch

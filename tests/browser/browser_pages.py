@@ -17,12 +17,13 @@ WIDER = """() => {
     if (box.tagName !== "ARTICLE" && e.tagName !== "PRE") continue;
     found.push(`${e.tagName} ${e.scrollWidth} > ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`);
   }
+  for (const e of document.querySelectorAll("mjx-merror")) found.push(`no mathematics: ${e.textContent}`);
   const page = document.documentElement;
   if (page.scrollWidth > page.clientWidth) found.push(`the page itself: ${page.scrollWidth} > ${page.clientWidth}`);
   return found;
 }"""
 
-SCROLLED = """() => [...document.querySelectorAll("article table, article .cell_output")]
+SCROLLED = """() => [...document.querySelectorAll("article :is(table, .cell_output, div.math)")]
   .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 2)
   .map(e => `${e.tagName} scrolls, ${e.scrollWidth} > ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`)"""
 
@@ -37,13 +38,15 @@ def site(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [1280, 800])
 def test_nothing_is_cut_off(site, width):
-    "Code and text fit or wrap; no page is wider than the window. Tables fit; in 800 pixels they may scroll in a box."
+    "Code and text fit or wrap; no page is wider than the window. Tables and formulas
+    fit; in 800 pixels they may scroll in a box."
     paths = sorted([*(site / "docs").glob("*.html"), *(site / "nbs").glob("*.html")])
     wrong = {}
     with chromium() as browser:
         page = browser.new_page(viewport=dict(width=width, height=900))
         for path in paths:
             page.goto(path.as_uri())
+            page.wait_for_function("!document.querySelector('.math') || document.querySelector('mjx-container')")
             if found := page.evaluate(WIDER) + (page.evaluate(SCROLLED) if width == 1280 else []):
                 wrong[path.stem] = found
     assert len(paths) > 60 and not wrong
