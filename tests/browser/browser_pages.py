@@ -38,8 +38,7 @@ def site(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [1280, 800])
 def test_nothing_is_cut_off(site, width):
-    "Code and text fit or wrap; no page is wider than the window. Tables and formulas
-    fit; in 800 pixels they may scroll in a box."
+    "Code and text fit or wrap; no page is wider than the window. Tables and formulas fit, or scroll in 800 pixels."
     paths = sorted([*(site / "docs").glob("*.html"), *(site / "nbs").glob("*.html")])
     wrong = {}
     with chromium() as browser:
