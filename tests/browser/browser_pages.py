@@ -48,4 +48,4 @@ def test_nothing_is_cut_off(site, width):
             page.wait_for_function("!document.querySelector('.math') || document.querySelector('mjx-container')")
             if found := page.evaluate(WIDER) + (page.evaluate(SCROLLED) if width == 1280 else []):
                 wrong[path.stem] = found
-    assert len(paths) > 60 and not wrong
+    assert len(paths) > 60 and not wrong, wrong
