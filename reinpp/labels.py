@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # %% ../nbs/00_labels.ipynb #46138260
+#: The label of pixels that neither train nor count.
 IGNORE = 255
-"The label of pixels that neither train nor count."
 
+#: The 19 evaluated classes; a class's position is its trainId.
 CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
            "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
-"The 19 evaluated classes; a class's position is its trainId."
 
+#: (19, 3) uint8: the RGB colours in which Cityscapes paints its classes.
 PALETTE = np.array([
     (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
     (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
     (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)], dtype=np.uint8)
-"(19, 3) uint8: the RGB colours in which Cityscapes paints its classes."
 
 # %% ../nbs/00_labels.ipynb #25ab5c8c
 ID_MAPS = {

@@ -167,8 +167,8 @@ def _snow(look, strength):
     look.blend(flakes, (246, 248, 252))
 
 
+#: What brings a weather over a `Look`, at a strength of 0 to 1.
 WEATHER = {"night": _night, "fog": _fog, "rain": _rain, "snow": _snow}
-"What brings a weather over a `Look`, at a strength of 0 to 1."
 
 # %% ../../nbs/12_scene_weather.ipynb #5a1c0d4d
 def photograph(look: Look, style: str) -> None:

@@ -240,10 +240,11 @@ def footer(records: list[dict]) -> str:
     "Provenance of a table in one line: records (each counted once), commits, versions, devices, hours."
     records = list({r["key"]: r for r in records}.values())
     if not records: return "no records"
-    flat = pd.json_normalize(records)
+    flat, several = pd.json_normalize(records), "s" * (len(records) > 1)
     names = ("commit", "versions.torch", "versions.timm", "training.device", "training.precision")
     made_by, torch, timm, device, precision = (", ".join(sorted(map(str, flat[name].unique()))) for name in names)
-    return (f"{len(records)} records; commit {made_by}; torch {torch}, timm {timm}; {device}, {precision}; "
+    device = device.replace(" 1 threads", " 1 thread")
+    return (f"{len(records)} record{several}; commit {made_by}; torch {torch}, timm {timm}; {device}, {precision}; "
         f"{flat['training.seconds'].sum() / 3600:.1f} h of training")
 
 
