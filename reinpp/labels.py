@@ -32,6 +32,7 @@ PALETTE = np.array([
     (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)], dtype=np.uint8)
 
 # %% ../nbs/00_labels.ipynb #25ab5c8c
+#: Dataset name -> {its label id: trainId}; ids that are not listed are ignored.
 ID_MAPS = {
     "cityscapes": {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
                    27: 14, 28: 15, 31: 16, 32: 17, 33: 18},
@@ -44,11 +45,10 @@ ID_MAPS = {
     "trainids": {i: i for i in range(19)},
 }
 ID_MAPS |= {"gtav": ID_MAPS["cityscapes"], "urbansyn": ID_MAPS["trainids"]}
-"Dataset name -> {its label id: trainId}; ids that are not listed are ignored."
 
+#: Dataset name -> its largest label id. Anything above is a sign of another dataset, or of a damaged file.
 HIGHEST_ID = {"cityscapes": 33, "gtav": 34, "synthia": 22, "mapillary": 65, "camvid": 11, "trainids": 18,
               "urbansyn": 19}
-"Dataset name -> its largest label id. Anything above is a sign of another dataset, or of a damaged file."
 
 
 def all_ids(

@@ -57,7 +57,7 @@ def draw(
             ax.plot(seen.iteration, seen[name], label=name.removeprefix("share_").removeprefix("check "), lw=1, **style)
         ax.set_title(title, fontsize=8)
         ax.tick_params(which="both", labelsize=7)
-        ax.legend(fontsize=6, ncols=2)
+        ax.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         if title == "loss" and (log[terms].min() > 0).all(): ax.set_yscale("log")
     for part in below:
         from matplotlib.image import imread
