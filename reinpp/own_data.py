@@ -388,8 +388,7 @@ def picture(self: OwnData, after: dict[int, Looked], most: int = 3) -> Image.Ima
         row = Image.new("RGB", (404 * len(tiles), height + 4), "white")
         for k, (title, tile) in enumerate(tiles.items()):
             row.paste(Image.fromarray(tile).resize((width, height)), (404 * k, 0))
-            where, ink = (404 * k + 5, 4), dict(fill="white", stroke_fill="black", stroke_width=2)
-            ImageDraw.Draw(row).text(where, title, font_size=24, **ink)
+            ImageDraw.Draw(row).text((404 * k + 5, 4), title, "white", font_size=24, stroke_width=2, stroke_fill="black")
         rows.append(np.asarray(row))
         seen += [v.ravel() for v in labels.values()]
     return with_legend(np.concatenate(rows), np.concatenate(seen), names, self.classes.colours)
