@@ -386,9 +386,9 @@ def picture(self: OwnData, after: dict[int, Looked], most: int = 3) -> Image.Ima
         factor = min(400 / image.shape[1], 300 / image.shape[0])
         height, width = (max(1, round(side * factor)) for side in image.shape[:2])
         row = Image.new("RGB", (404 * len(tiles), height + 4), "white")
-        for k, (title, tile) in enumerate(tiles.items()):
+        for k, (word, tile) in enumerate(tiles.items()):
             row.paste(Image.fromarray(tile).resize((width, height)), (404 * k, 0))
-            ImageDraw.Draw(row).text((404 * k + 5, 4), title, "white", font_size=24, stroke_width=2, stroke_fill="black")
+            ImageDraw.Draw(row).text((404 * k + 5, 4), word, "white", font_size=24, stroke_width=2, stroke_fill="black")
         rows.append(np.asarray(row))
         seen += [v.ravel() for v in labels.values()]
     return with_legend(np.concatenate(rows), np.concatenate(seen), names, self.classes.colours)
