@@ -1411,4 +1411,5 @@ d = { 'settings': { 'branch': 'main',
                              'reinpp.work.cores': ('work.html#cores', 'reinpp/work.py'),
                              'reinpp.work.device_name': ('work.html#device_name', 'reinpp/work.py'),
                              'reinpp.work.duration': ('work.html#duration', 'reinpp/work.py'),
-                             'reinpp.work.each': ('work.html#each', 'reinpp/work.py')}}}
+                             'reinpp.work.each': ('work.html#each', 'reinpp/work.py'),
+                             'reinpp.work.in_sight': ('work.html#in_sight', 'reinpp/work.py')}}}

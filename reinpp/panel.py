@@ -21,6 +21,7 @@ from .data.datasets import Dataset, Files
 from .explore import Explorer, domains
 from .render import LAYERS, WEIGHTINGS, describe, encode
 from .training.looks import confusion_table, mistakes
+from .work import in_sight
 
 # %% ../nbs/62_panel.ipynb #9c1f4d20
 _PICTURE_JS = """
@@ -158,7 +159,7 @@ class Panel:
         self.previous, self.next, self.save = (w.Button(description=d, layout=w.Layout(width="90px"))
                                                for d in ("previous", "next", "save PNG"))
         c = self.controls
-        self.box = w.VBox([
+        self.box = w.VBox([in_sight(),
             w.HBox([c["domain"], self.folder, self.upload]), w.HBox([c["adapter"], c["other"]]),
             self.note, c["layer"], w.HBox([self.image, w.VBox([self.images, w.HBox([self.previous, self.next]),
                 c["opacity"], c["tau"], c["weighting"], c["block"], c["head"], c["token"],

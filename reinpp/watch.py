@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from .training.run_folder import Stopped, read_log
-from .work import duration
+from .work import duration, in_sight
 
 # %% ../nbs/64_watch.ipynb #64a00006
 def headline(folder: str | Path) -> str:
@@ -87,7 +87,7 @@ class Watch:
         self.stop_button.on_click(lambda _: self.stop())
         self.start_button.on_click(lambda _: self.go())
         row = w.HBox([self.start_button, self.stop_button] if buttons else [])
-        self.box = w.VBox([self.text, row, self.image])
+        self.box = w.VBox([in_sight(), self.text, row, self.image])
         self.look()
         threading.Thread(target=self._follow, daemon=True).start()
 
