@@ -197,13 +197,16 @@ class Report(NamedTuple):
     ok: bool  # nothing is wrong
 
     def __str__(self):
-        lines = [f"{p.dataset}:{p.split} {p.kind}: {p.file}: {p.what}" for p in self.problems.head(50).itertuples()]
+        lines = [": ".join(filter(None, (f"{p.dataset}:{p.split} {p.kind}", p.file, p.what)))
+            for p in self.problems.head(50).itertuples()]
         more = [f"... and {len(self.problems) - 50} more"] * (len(self.problems) > 50)
-        return "\n".join([self.table.to_string(index=False), *lines, *more])
+        return "\n".join([self._shown().to_string(index=False), *lines, *more])
+
+    def _shown(self): return self.table.astype(object).where(self.table.notna(), "–")
 
     def _repr_html_(self):
-        table = self.table.astype(object).where(self.table.notna(), "–").to_html(index=False)
-        return table + (self.problems.head(20).to_html(index=False) if len(self.problems) else "")
+        first = self.problems.head(20).to_html(index=False) if len(self.problems) else ""
+        return self._shown().to_html(index=False) + first
 
 
 def check(
