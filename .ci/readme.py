@@ -13,7 +13,7 @@ class FrontPage(Preprocessor):
         nb.cells = [cell for cell in nb.cells if not re.match(r"#\|\s*hide\b", cell.source)]
         for cell in nb.cells:
             if cell.cell_type == "code":
-                cell["transient"] = {"remove_source": bool(re.match(r"#\|\s*echo: false", cell.source))}
+                cell.metadata["transient"] = {"remove_source": bool(re.match(r"#\|\s*echo: false", cell.source))}
                 cell.source = re.sub(r"(?m)^#\|.*\n+", "", cell.source)
             else:
                 cell.source = re.sub(r"\]\((?!\w+:|[/#])([^)]+)\)", self._from_root, cell.source)
