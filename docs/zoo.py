@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from reinpp.paper.experiments import METHODS, PRESETS, Ledger, plan
+from reinpp.paper.report import in_percent
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "tiny", "camvid", "idd"
@@ -21,10 +22,8 @@ def table(rows):
 
 def scores(records, split):
     "The mIoU of a split over records, in per cent; empty without any."
-    values = [100 * r["metrics"][split]["miou"] for r in records if split in r["metrics"]]
-    if not values: return ""
-    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.1f}{spread} (n={len(values)})"
+    values = [r["metrics"][split]["miou"] for r in records if split in r["metrics"]]
+    return f"{in_percent(values)} (n={len(values)})" if values else ""
 
 
 def planned(preset, method, target=None, **changes):

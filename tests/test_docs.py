@@ -5,6 +5,7 @@ import html
 import importlib
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_the_zoo_is_the_ledger(pages):
     trained = [r for r in records if r["config"]["method"] == "rein_g" and r["config"]["source"] == "scenes:train"
         and r["config"]["training"]["iterations"] == 4000 and "scenes:night/val" in r["metrics"]]
     miou = [100 * r["metrics"]["scenes:val"]["miou"] for r in trained]
-    spread = f" ± {(max(miou) - min(miou)) / 2:.1f}" if len(miou) > 1 else ""
+    spread = f" ± {statistics.stdev(miou):.1f}" if len(miou) > 1 else ""
     said = f"{sum(miou) / len(miou):.1f}{spread} (n={len(miou)})" if miou else "No run of this version"
     assert said in measured
     assert ("(n=" in preset) == any(r["config"]["source"].startswith(("gtav", "cityscapes")) for r in records)
