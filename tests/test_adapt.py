@@ -72,6 +72,8 @@ def page(until=None, **parameters):
         source = "\n".join(line for line in source.splitlines() if not line.startswith("%"))
         exec(source.partition(until)[0] if until else source, space)
         if until and until in source: break
+    else:
+        assert not until, f"no cell of the page holds {until}"
     plt.close("all")
     return space
 

@@ -407,6 +407,9 @@ def lease(folder):
 READERS["lease of a run"] = Reader(lease, lambda file: Lease.take(file.parent, "abc") is None, altered_json, 300)
 
 
+OPENED = 'print(f"{len(work.source)}'  # of the page adapt: all is opened, and nothing is made yet
+
+
 def class_table(folder):
     labelled(folder)
     file = folder / "classes.csv"
@@ -416,8 +419,8 @@ def class_table(folder):
 
 def opened(file):
     folder = str(file.parent / "mine")
-    space = page("report = check", source=folder, target=folder + "/images", classes=str(file))
-    return space["names"], space["ids"]
+    space = page(OPENED, source=folder, target=folder + "/images", classes=str(file), start=None)
+    return space["work"].classes.names, space["work"].classes.ids
 
 
 READERS["table of classes, CSV"] = Reader(class_table, opened, count=250)
@@ -426,9 +429,9 @@ READERS["table of classes, CSV"] = Reader(class_table, opened, count=250)
 def parameters(folder):
     file = folder / "parameters.json"
     given = dict(source="scenes:train[:2]", target="scenes:night/train[:2]", classes=None, data_root=None,
-        start="bundled", preset="tiny", backbone=None, iterations=24, source_iterations=400, batch_size=None, crop=None,
-        engine="classical", proposals=None, options={"tau": 0.9, "teacher_flip": True}, pictures_every=None,
-        workers=0, seed=0)
+        start="scenes_rein_g_seed0", preset="tiny", backbone=None, iterations=24, source_iterations=400,
+        batch_size=None, crop=None, engine="classical", proposals=None, options={"tau": 0.9, "teacher_flip": True},
+        pictures_every=None, workers=0, seed=0)
     file.write_text(json.dumps(given))
     return file
 
@@ -443,7 +446,7 @@ def altered_parameters(data, draw):
 
 def opened_page(file):
     given = json.loads(file.read_bytes())
-    space = page("if start is None:\n    key", **given, output=str(file.parent / "out"))
+    space = page(OPENED, **given, output=str(file.parent / "out"))
     return {name: space[name] for name in given}
 
 
