@@ -21,7 +21,7 @@ from reinpp.paper.cells import BACKBONES, ONE_HEAD, tables
 from reinpp.paper.experiments import Ledger, plan
 from reinpp.paper.runs import run
 from reinpp.paper.servers import asked
-from reinpp.paper.tables import fill, preflight, reason_of
+from reinpp.paper.tables import fill, lacking, preflight, reason_of
 from reinpp.training.evaluation import evaluate, proposal_purity
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # four frames of Cityscapes, where they are
@@ -122,7 +122,7 @@ def test_one_failing_run_and_one_without_data_do_not_hinder_the_others(place, tm
     foreign = place / "runs" / "proposals" / "gtav_train_classical_4"
     foreign.mkdir(parents=True)
     (foreign / "manifest.json").write_text("{}")
-    start = ("bdd100k:val", "mapillary:val")  # cannot be evaluated, and is trained for what starts from it
+    start = ("mapillary:val",)  # cannot be evaluated, and is trained for what starts from it
     whole = planned("rein_a", target="citys", seed=7, engine="classical")
     fails = dataclasses.replace(whole, start=dataclasses.replace(whole.start, evaluate_on=start))
     control = dataclasses.replace(planned("control", seed=7), start=fails.start)
@@ -134,6 +134,31 @@ def test_one_failing_run_and_one_without_data_do_not_hinder_the_others(place, tm
     assert "gtav_train_classical_4" in failed[fails.key] and all("\n" not in why for why in failed.values())
     said = capsys.readouterr().out
     assert "is trained, and not evaluated" in said and "of training here" in said, "the estimate comes first"
+
+
+def test_a_set_that_comes_later_is_added_to_the_record(place, tmp_path, capsys):
+    "What is evaluated has its numbers at once; nothing is trained, and nothing evaluated, a second time."
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data, ignore=shutil.ignore_patterns("mapillary"))
+    e = planned("freeze", seed=11)
+    e = dataclasses.replace(e, evaluate_on=("mapillary:val", "bdd100k:val"), data=e.data | dict(scorecard=1))
+    ledger = Ledger(tmp_path / "results")
+    assert not fill([e], ledger, True, data, tmp_path / "runs", progress="none")
+    first, said = ledger.get(e), capsys.readouterr().out
+    assert list(first["metrics"]) == list(first["scores"]) == ["bdd100k:val"]
+    assert "not on mapillary:val, until it is here: mapillary: no folder" in said
+    lines = lacking(e, data, tmp_path / "runs", ledger.folder)
+    assert len(lines) == 1 and lines[0].startswith("no numbers on mapillary: mapillary: no folder")
+    assert lacking(e, data, tmp_path / "runs", ledger.folder, tests=False) == []
+    assert ledger.has(e, data) and not ledger.has(e, place / "data")
+    assert not fill([e], ledger, True, data, tmp_path / "runs") and "0 not in the ledger" in capsys.readouterr().out
+
+    assert not fill([e], ledger, True, place / "data", tmp_path / "runs", progress="none")
+    whole, said = ledger.get(e), capsys.readouterr().out
+    assert list(whole["metrics"]) == ["mapillary:val", "bdd100k:val"] and ledger.has(e, place / "data")
+    assert whole["scores"].keys() == whole["metrics"].keys() and first["scores"].items() < whole["scores"].items()
+    assert whole["metrics"]["bdd100k:val"] == first["metrics"]["bdd100k:val"]
+    assert whole["training"] == first["training"] and "training freeze" not in said
 
 
 def test_preflight_names_what_each_row_lacks(place, tmp_path):

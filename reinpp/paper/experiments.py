@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'OFFICIAL', 'METHOD_VERSION', 'EVALUATION_VERSION', 'OF_PAPER', 'PRESETS', 'Experiment', 'open_domain',
-           'Preset', 'plan', 'Ledger', 'commit', 'versions']
+           'closed', 'Preset', 'plan', 'Ledger', 'commit', 'versions']
 
 # %% ../../nbs/50_experiments.ipynb #c3edf69d
 import dataclasses
@@ -92,6 +92,14 @@ def open_domain(
     whole = open_dataset(name, split, root=data_root, labels=labels, **options)
     if not bracket or options and not start: return whole
     return take(whole, int(start or 0), int(stop) if stop else None)
+
+
+def closed(domain: str, data_root: str | Path | None = None) -> OSError | ValueError | None:
+    "Why a domain cannot be opened here, or None."
+    try:
+        open_domain(domain, data_root)
+    except (OSError, ValueError) as error:
+        return error
 
 # %% ../../nbs/50_experiments.ipynb #2e185622
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +314,8 @@ def _read_record(path) -> dict:
             raise ValueError(f"{wrong[0]} is of another type")
         if not path.stem == record["key"] == _hash(record["config"]):
             raise ValueError("it is of another run: its settings do not hash to its name")
-        if list(record["metrics"]) != record["config"]["evaluate_on"]:
+        there = [d for d in record["config"]["evaluate_on"] if d in record["metrics"]]
+        if not there or list(record["metrics"]) != there:
             raise ValueError("its metrics are of other domains than its settings")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else error
@@ -328,6 +337,12 @@ class Ledger:
         "The record of a run, or None. Raises ValueError for one that cannot be read."
         path = self.path(experiment)
         return _read_record(path) if path.exists() else None
+
+    def has(self, experiment: Experiment, data_root: str | Path | None = None) -> bool:
+        "Whether a run has a record, and it lacks no domain that can be opened here: one that could not is added later."
+        record = self.get(experiment)
+        left = [d for d in experiment.evaluate_on if d not in record["metrics"]] if record else ()
+        return record is not None and all(closed(d, data_root) for d in left)
 
     def put(self, experiment: Experiment, record: dict) -> Path:
         "Where the record is, now that it is written."

@@ -91,9 +91,11 @@ def in_order(experiments: Iterable[Experiment]) -> list[Experiment]:
     return list({one.key: one for e in experiments for one in (e.start, e) if one is not None}.values())
 
 
-def is_made(experiment: Experiment, wanted: set, ledger: Ledger, runs: Path) -> bool:
+def is_made(
+    experiment: Experiment, wanted: set, ledger: Ledger, runs: Path, data_root: str | Path | None = None,
+) -> bool:
     "A run that is wanted has a record; a source model that is only started from has an adapter."
-    if experiment.key in wanted: return ledger.path(experiment).exists()
+    if experiment.key in wanted: return ledger.has(experiment, data_root)
     return find_adapter(experiment, runs) is not None
 
 
@@ -112,11 +114,11 @@ def work(
     ledger, runs = ledger or Ledger(), runs_folder(runs)
     experiments, began = list(experiments), time.time()
     wanted, order = {e.key for e in experiments}, in_order(experiments)
-    lacks = {e.key: "; ".join(lacking(e, data_root, runs, ledger.folder)) for e in order
-        if not is_made(e, wanted, ledger, runs)}
+    lacks = {e.key: "; ".join(lacking(e, data_root, runs, ledger.folder, tests=False)) for e in order
+        if not is_made(e, wanted, ledger, runs, data_root)}
     failed = {key: why for key, why in lacks.items() if why}
     while True:
-        missing = [e for e in order if e.key not in failed and not is_made(e, wanted, ledger, runs)]
+        missing = [e for e in order if e.key not in failed and not is_made(e, wanted, ledger, runs, data_root)]
         for e in missing:
             closed = e.start is not None and bool(lacks.get(e.start.key))  # then it is trained with what starts from it
             why = failed.get(e.start.key) if e.start and not closed else None

@@ -332,7 +332,7 @@ def curve(page: Shown, ax, values: list[int]) -> None:
     "Draw the mean over the targets, one point a seed, open where the run is of another length, and the mean as a line."
     p, targets, ends = page.p, page.targets, []
     for value, label in zip(values, page.rows):
-        records = page.records(label)
+        records = [r for r in page.records(label) if all(p.targets[t][1] in r["metrics"] for t in targets)]
         points = [100 * sum(r["metrics"][p.targets[t][1]]["miou"] for t in targets) / len(targets) for r in records]
         full = all(r["config"]["training"]["iterations"] == p.training["iterations"] for r in records)
         ax.plot([value] * len(points), points, "o", color="#0072B2", mfc="#0072B2" if full else "none")
@@ -351,7 +351,7 @@ def common_means(page: Shown, labels: list[str], targets: list[str]) -> dict:
     rows, by_seed = {label: page.records(label, targets[0]) if label in page.rows else [] for label in labels}, {}
     for label, there in rows.items():
         values = [{r["config"]["seed"]: 100 * r["metrics"][page.p.targets[t][1]]["miou"]
-            for r in page.records(label, t)} for t in targets if there]
+            for r in page.records(label, t) if page.p.targets[t][1] in r["metrics"]} for t in targets if there]
         seeds = set.intersection(*map(set, values)) if values else set()
         by_seed[label] = {seed: sum(one[seed] for one in values) / len(targets) for seed in seeds}
     common = set.intersection(*(set(values) for values in by_seed.values() if values), *[set(range(10))])

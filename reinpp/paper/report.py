@@ -68,7 +68,7 @@ def found(
 
 
 def _miou(records, domain):
-    return {r["config"]["seed"]: r["metrics"][domain]["miou"] for r in records}
+    return {r["config"]["seed"]: r["metrics"][domain]["miou"] for r in records if domain in r["metrics"]}
 
 
 def _state(records):
@@ -92,7 +92,7 @@ def differences(
     domain: str,
 ) -> list[float]:  # fractions, by seed
     "Differences of target mIoU, paired by seed, of runs of the same length."
-    a, b = ({r["config"]["seed"]: r for r in records} for records in (better, other))
+    a, b = ({r["config"]["seed"]: r for r in records if domain in r["metrics"]} for records in (better, other))
     pairs = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
     return [x["metrics"][domain]["miou"] - y["metrics"][domain]["miou"] for x, y in pairs if _as_long(x, y)]
 
@@ -227,7 +227,8 @@ def per_class(
     p, table = PRESETS[preset], []
     for target in targets or p.targets:
         for label, row in rows.items():
-            ours = [r["metrics"][p.targets[target][1]] for r in found(preset, row, target, ledger, **lengths)]
+            domain, records = p.targets[target][1], found(preset, row, target, ledger, **lengths)
+            ours = [r["metrics"][domain] for r in records if domain in r["metrics"]]
             iou = {short: in_percent([r["iou"].get(c) for r in ours]).partition(" ")[0] for c, short in SHORT.items()}
             if ours:
                 more = {"mIoU": in_percent([r["miou"] for r in ours]), "seeds": len(ours)}

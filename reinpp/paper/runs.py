@@ -37,6 +37,9 @@ from ..training.run_folder import Stopped, locked
 from ..training.train import fit
 from ..work import device_name, duration
 
+# %% ../../nbs/52_runs.ipynb #3c518645
+from .experiments import closed
+
 # %% ../../nbs/52_runs.ipynb #7d20be95
 CHECKPOINT = "rein_dinov2_citys_1024.pth"  # the name under which the released file is looked for
 
@@ -183,7 +186,7 @@ def check_of(
     """What `fit(check=)` may log of a run between its steps; nothing is chosen by it, and no result depends on it.
 
     Domains that cannot be opened here are left out: a source model is trained for others where one is missing."""
-    sets = {d: _few(d, data_root, few) for d in experiment.evaluate_on if not _closed(d, data_root)}
+    sets = {d: _few(d, data_root, few) for d in experiment.evaluate_on if not closed(d, data_root)}
     options = {domain: _seen(experiment, domain.partition(":")[0]) for domain in sets}
     return lambda segmenter: {f"mIoU of {d}": evaluate(segmenter, s, **options[d])["miou"] for d, s in sets.items()}
 
@@ -200,16 +203,17 @@ def _evaluate(segmenter, domain, experiment, data_root):
     return {k: result[k] for k in kept} | (dict(parts=parts) if parts else {})
 
 
-def _evaluate_all(segmenter, experiment, training, folder, data_root):
-    "The metrics of every domain, kept as they come: an evaluation of this training that was cut off is gone on with."
+def _evaluate_all(segmenter, experiment, training, folder, data_root, known):
+    """The metrics of every domain that is here, kept as they come: an evaluation of this training that was cut off, or
+    lacked a domain, is gone on with."""
     file = folder / f"{experiment.key}.partial.json"
-    kept = broadcast(json.loads(file.read_text()) if get_rank() == 0 and file.exists() else {})
+    kept = broadcast(json.loads(file.read_text()) if get_rank() == 0 and file.exists() else known or {})
     metrics = kept["metrics"] if kept.get("training") == training else {}
     for domain in experiment.evaluate_on:
-        if domain in metrics: continue
+        if domain in metrics or closed(domain, data_root): continue
         metrics[domain] = _evaluate(segmenter, domain, experiment, data_root)
         if get_rank() == 0: write_atomically(file, json.dumps(dict(training=training, metrics=metrics)).encode())
-    return {domain: metrics[domain] for domain in experiment.evaluate_on}
+    return {domain: metrics[domain] for domain in experiment.evaluate_on if domain in metrics}
 
 
 def _score(segmenter, domain, experiment, data_root):
@@ -234,13 +238,14 @@ def run(
 ) -> dict:  # the record
     """The record of a run: from the ledger, or made now (and what it starts from as well).
 
-    Interrupted runs resume. Under `torchrun` all processes call this together and make one run. Before anything is
-    trained: FileNotFoundError or ValueError for a domain that cannot be opened or an engine without its checkpoint,
-    ValueError for a batch that the processes cannot share; RuntimeError if another run under `torchrun` holds the same
-    folder."""
+    Interrupted runs resume. Under `torchrun` all processes call this together and make one run. Domains that it is to
+    be evaluated on and that are not here are left out, and added when they are. Before anything is trained:
+    FileNotFoundError or ValueError for a source or target that cannot be opened, for a run that could be evaluated on
+    nothing, and for an engine without its checkpoint; ValueError for a batch that the processes cannot share;
+    RuntimeError if another run under `torchrun` holds the same folder."""
     ledger, runs = ledger or Ledger(), runs_folder(runs)
     init_process_group(options.get("device"))
-    if (record := broadcast(ledger.get(experiment))) is not None: return record
+    if broadcast(ledger.has(experiment, data_root)): return broadcast(ledger.get(experiment))
     return _make(experiment, ledger, runs, data_root, False, cache_root=cache_root, **options)
 
 
@@ -259,7 +264,8 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
     "The record; with `for_adapter` the adapter is there afterwards, too."
     device, first = init_process_group(options.get("device")), get_rank() == 0
     local_batch_size(experiment.training.get("batch_size", get_world_size()))  # now, not after hours of training
-    cannot = next(filter(None, (_closed(domain, data_root) for domain in experiment.evaluate_on)), None)
+    shut = {domain: error for domain in experiment.evaluate_on if (error := closed(domain, data_root))}
+    cannot = next(iter(shut.values())) if len(shut) == len(experiment.evaluate_on) else None
     if cannot and not for_adapter: raise cannot
     if experiment.target:
         open_domain(experiment.target, data_root, labels=False)
@@ -268,18 +274,22 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
         _make(experiment.start, ledger, runs, data_root, True, **options)
     folder = runs / experiment.training_key
     with locked(folder / ".run.lock", patient=get_world_size() == 1) if first else contextlib.nullcontext():
-        known = broadcast(ledger.get(experiment))  # somebody else may just have made it
-        if known is not None and not (for_adapter and broadcast(find_adapter(experiment, runs)) is None): return known
+        known, done = broadcast((ledger.get(experiment), ledger.has(experiment, data_root)))  # by another?
+        if done and not (for_adapter and broadcast(find_adapter(experiment, runs)) is None): return known
         began, made_by = time.time(), commit()  # the commit that is running, whatever is committed meanwhile
         segmenter = build(experiment, runs, data_root)
         training = _train(experiment, segmenter, runs, data_root, made_by, **options)
         if cannot:
             if first: print(f"{experiment} is trained, and not evaluated: {cannot}", flush=True)
             return None
-        if first: print(f"evaluating {experiment} on {', '.join(experiment.evaluate_on)}", flush=True)
-        metrics = _evaluate_all(segmenter.to(device), experiment, training, folder, data_root)
-        scored = experiment.evaluate_on if first and experiment.data.get("scorecard", 20) else ()
-        scores = {d: _score(segmenter, d, experiment, data_root) for d in scored}
+        there = [domain for domain in experiment.evaluate_on if domain not in shut]
+        if first: print(f"evaluating {experiment} on {', '.join(there)}", flush=True)
+        for domain, error in shut.items() if first else ():
+            print(f"not on {domain}, until it is here: {str(error).splitlines()[0]}", flush=True)
+        metrics = _evaluate_all(segmenter.to(device), experiment, training, folder, data_root, known)
+        scores = known.get("scores", {}) if known and known["training"] == training else {}
+        if first and experiment.data.get("scorecard", 20):
+            scores |= {d: _score(segmenter, d, experiment, data_root) for d in there if d not in scores}
         archives = {server: write_archive(segmenter, server, experiment, training, folder, data_root)
             for server in servers_of(experiment)}
         start = dict(start_iterations=experiment.start.training["iterations"]) if experiment.start else {}
@@ -289,25 +299,17 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
             scores=scores, training=training,
             seconds=round(time.time() - began, 1), **start, parameters=segmenter.trainable_parameters(),
             versions=versions(), commit=made_by, date=time.strftime("%Y-%m-%d"))
-        if first and known is None: ledger.put(experiment, record)
+        if first and not done: ledger.put(experiment, record)
         elif first: print(_compared(experiment, known, record), flush=True)
-        done = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt", f"{experiment.key}.partial.json"
-        for name in done if first else ():
+        old = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt", f"{experiment.key}.partial.json"
+        for name in old if first else ():
             (folder / name).unlink(missing_ok=True)  # the adapter is kept
     return broadcast(ledger.get(experiment) if first else None)  # as anybody will read it
 
 
-def _closed(domain, data_root):
-    "The error of a domain that cannot be opened, or None."
-    try:
-        open_domain(domain, data_root)
-    except (OSError, ValueError) as error:
-        return error
-
-
 def _compared(experiment, known, made):
     "One line: what a model that was trained again scores beside its record, which stays."
-    pairs = {domain: (m["miou"], made["metrics"][domain]["miou"]) for domain, m in known["metrics"].items()}
+    pairs = {d: (known["metrics"][d]["miou"], m["miou"]) for d, m in made["metrics"].items() if d in known["metrics"]}
     if all(a == b for a, b in pairs.values()): said = "the same mIoU"
     else: said = ", ".join(f"mIoU on {d} {100 * b:.2f}, recorded {100 * a:.2f}" for d, (a, b) in pairs.items())
     return f"{experiment} had a record and no adapter here, and was trained again: {said}; its record stays"
@@ -323,9 +325,9 @@ def _besides_training(experiment, objective, data_root):
         count, each = len(open_domain(domain, data_root, labels=False)), (time.time() - began) / len(store)
         lines[domain, a["engine"]] = (f"proposals of {domain} by {a['engine']}: {each:.2f} s an image, about "
             f"{duration(each * count)} and {file_size(size * count)} of disk, made once")
-    sets = [open_domain(domain, data_root) for domain in experiment.evaluate_on if not _closed(domain, data_root)]
+    sets = [open_domain(domain, data_root) for domain in experiment.evaluate_on if not closed(domain, data_root)]
     if not sets: return lines
-    began, name = time.time(), experiment.evaluate_on[0].partition(":")[0]
+    began, name = time.time(), sets[0].name
     for _ in predictions(objective.segmenter, sets[0], indices=[0], **_seen(experiment, name)): pass
     each, count = time.time() - began, sum(map(len, sets))
     lines[experiment.evaluate_on, experiment.model["backbone"]] = (

@@ -211,20 +211,32 @@ def _place(folder):
     return next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
 
 # %% ../../nbs/54_tables.ipynb #dfdca139
+def _sets(domains): return list(dict.fromkeys(domain.partition(":")[0] for domain in domains))
+
+
+def _absent(name, data_root):
+    "Why a data set is not here; empty where it is."
+    try:
+        if hasattr(DATASETS.get(name), "find"): DATASETS[name].find(data_root)
+    except (FileNotFoundError, ValueError) as error:
+        return reason_of(error)
+    return ""
+
+
 def lacking(
     experiment: Experiment,
     data_root: str | Path | None = None,
     runs: str | Path | None = None,
     results: str | Path | None = None,  # the ledger's folder
+    tests: bool = True,  # also some of the sets that it is to be evaluated on; False: only what hinders it
 ) -> list[str]:
     "One line for each thing that a run lacks here; nothing is made, and no data set is read."
-    lacks, e = [], experiment
-    domains = [d for domain in (e.source, e.target, *e.evaluate_on) if domain for d in domain.split("+")]
-    for name in dict.fromkeys(domain.partition(":")[0] for domain in domains):
-        try:
-            if hasattr(DATASETS.get(name), "find"): DATASETS[name].find(data_root)
-        except (FileNotFoundError, ValueError) as error:
-            lacks.append(reason_of(error))
+    e = experiment
+    trained = [one for domain in (e.source, e.target) if domain for one in domain.split("+")]
+    lacks = [why for name in _sets(trained) if (why := _absent(name, data_root))]
+    absent = {name: _absent(name, data_root) for name in _sets(e.evaluate_on)}
+    if all(absent.values()): lacks += [why for why in absent.values() if why not in lacks]
+    elif tests: lacks += [f"no numbers on {n}: {why}" for n, why in absent.items() if why and n not in _sets(trained)]
     drawn = not e.model.get("pretrained", True)  # random weights: a rehearsal, on any machine
     if not drawn: lacks += filter(None, [lacking_weights(e.model["backbone"])])
     if e.method == OFFICIAL: lacks += lacking_official(data_root)
@@ -296,11 +308,11 @@ def fill(
 ) -> dict[str, str]:  # key of a run that failed -> why, in one line
     "Make what is missing, having said what it will cost here; a run that cannot be made does not hinder the others."
     ledger, experiments = ledger or Ledger(), list({e.key: e for e in experiments}.values())
-    missing = [e for e in experiments if ledger.get(e) is None]
+    missing = [e for e in experiments if not ledger.has(e, data_root)]
     stay = "; run_missing is False, so they stay missing" if missing and not run_missing else ""
     print(f"{len(experiments)} run{'s' * (len(experiments) != 1)} wanted, {len(missing)} not in the ledger{stay}")
     if not run_missing or not missing: return {}
-    lacks = {e.key: lacking(e, data_root, runs, ledger.folder) for e in missing}
+    lacks = {e.key: lacking(e, data_root, runs, ledger.folder, tests=False) for e in missing}
     able = [e for e in missing if not lacks[e.key]]
     try:
         if able: print(estimate(able, runs, data_root, **options), flush=True)
