@@ -28,8 +28,9 @@ def run(e, ledger, runs, data_root, **options):
     with (folder / "made.txt").open("a") as file: file.write(f"{e.seed} {host}\\n")
     time.sleep(seconds)
     if e.seed == 3: raise ValueError("seed 3 is unlucky")
-    ledger.path(e).parent.mkdir(exist_ok=True)
-    ledger.path(e).write_text("{}")
+    metrics = dict.fromkeys(e.evaluate_on, dict(miou=.1, pixel_accuracy=.1, iou={}, images=1))
+    ledger.put(e, dict(key=e.key, config=e.config(), metrics=metrics, training={}, seconds=1.0, parameters={},
+        versions={}, commit="", date=""))
 
 
 launch.run = run
