@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -490,3 +492,33 @@ def test_the_stop_button_leaves_one_line_in_a_notebook(capsys):
     line = "stopped by SIGINT after iteration 3 of 9; call fit again to go on"
     InteractiveShell().run_cell(f"from reinpp.training.run_folder import Stopped\nraise Stopped({line!r})")
     assert "".join(capsys.readouterr()).strip().splitlines() == [line]
+
+
+FAILS = """
+import multiprocessing, os, signal, sys, time
+from reinpp import Generalize, fit, open_dataset
+from reinpp.models.segmenter import tiny_segmenter
+
+made = Generalize(tiny_segmenter(), open_dataset("scenes", "train", count=4), num_points=64)
+
+
+def fails(iteration):
+    if sys.argv[1] == "a step fails": raise ValueError("a step fails")
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+made.after_step = fails
+try:
+    fit(made, 40, 2, run_dir=sys.argv[2], workers=2, device="cpu", progress="none")
+except (ValueError, RuntimeError) as error:
+    kept = error  # as a notebook and the interpreter itself do
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("what", ["a step fails", "a process that loads samples died"])
+def test_a_kept_error_does_not_hold_up_the_exit(what, tmp_path):
+    "The loader's processes are deaf to signals: they must have ended before the main one waits for them."
+    command = [sys.executable, "-c", FAILS, what, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and what in done.stdout, done.stderr[-2000:]

@@ -15,6 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -58,9 +59,13 @@ def _batches(objective, done, end, batch_size, share, seed, workers, device):
             for key in range(start, start + share)]
     loader = DataLoader(_Draws(objective, seed), share, sampler=keys, num_workers=workers, collate_fn=_stack,
                         pin_memory=device.type == "cuda", worker_init_fn=deaf)
-    for batch in loader:
-        if isinstance(batch, BadFile): raise batch
-        yield {name: value if name == "draw" else value.to(device, non_blocking=True) for name, value in batch.items()}
+    try:
+        for batch in loader:
+            if isinstance(batch, BadFile): raise batch
+            yield {k: value if k == "draw" else value.to(device, non_blocking=True) for k, value in batch.items()}
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # who keeps the error would keep the loader's processes, and these the exit
+        raise
 
 # %% ../../nbs/31_train.ipynb #3cc186c2
 NO_DECAY = ("level_embed", "query_embed", "query_feat", "query_position", "prompts", "tokens_a", "tokens_b",
@@ -238,8 +243,9 @@ def fit(
     with _loaders_named(run), run.held(), tf32(device, precision == "bf16"), signals as signals:
         done, end, stop = run.resume(device), min(iterations, stop_at or iterations), False
         if share < batch_size: _check_same_start(objective, done, device)
-        batches = _batches(objective, done, end, batch_size, share, seed, workers, device)
-        with Progress(end, "iteration", done=done, show="none" if get_rank() else progress) as report:
+        batches = contextlib.closing(_batches(objective, done, end, batch_size, share, seed, workers, device))
+        report = Progress(end, "iteration", done=done, show="none" if get_rank() else progress)
+        with batches as batches, report:
             if 0 < done < end: report.say(f"continuing at iteration {done}")
             for iteration, batch in enumerate(run.waiting(batches), done):
                 factor = learning_rate(iteration, iterations, power, warmup)
