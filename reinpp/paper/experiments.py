@@ -238,7 +238,7 @@ def _differs(p, paper):
 def _brief(value): return f"{value[0]}..{value[-1]}" if isinstance(value, tuple) and len(value) > 2 else str(value)
 
 
-_SMALL = [dataclasses.replace(p, note=f"{p.note}. Where it is not as in the paper (whose value is in brackets): "
+_SMALL = [dataclasses.replace(p, note=f"{p.note}. Where it is not as in the preset paper (its value is in brackets): "
     f"{_differs(p, _PAPER)}") for p in (_TINY, _CAMVID, _IDD)]
 PRESETS = {p.name: p for p in (*_SMALL, _PAPER, _REHEARSAL)}
 
