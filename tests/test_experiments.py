@@ -262,7 +262,7 @@ def test_the_paper_preset_lists_what_is_missing(tmp_path):
 
 def test_what_a_run_is_evaluated_on_is_opened_before_it_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "fit", lambda *a, **k: pytest.fail("it trains first"))
-    e = dataclasses.replace(small("rein_g"), evaluate_on=("scenes:val", "cityscapes:val"))
+    e = dataclasses.replace(small("rein_g"), evaluate_on=("cityscapes:val", "gtav:source_val"))
     with pytest.raises(FileNotFoundError, match="cityscapes"):
         run(e, Ledger(tmp_path / "results"), tmp_path / "runs", data_root=tmp_path)
 
