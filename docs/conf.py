@@ -19,7 +19,6 @@ exclude_patterns += [f"data/{path.name}" for path in (ROOT / "data").iterdir() i
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "made"]
 nb_execution_mode = "off"
-nb_merge_streams = True
 nb_ipywidgets_js = {}  # widgets need a kernel: the site shows what is saved
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 4

@@ -118,6 +118,14 @@ def test_a_formula_is_a_paragraph(pages):
         assert "$$" not in prose and r"\frac" not in prose, page
 
 
+def test_what_a_cell_prints_in_one_go_is_one_output():
+    "The site does not merge streams, so that a printed title stays above its table."
+    for file in sorted((ROOT / "nbs").glob("*.ipynb")):
+        for cell in json.loads(file.read_text())["cells"]:
+            kinds = [(o["output_type"], o.get("name")) for o in cell.get("outputs", [])]
+            assert not [a for a, b in zip(kinds, kinds[1:]) if a == b and a[0] == "stream"], file.name
+
+
 def test_the_reference_has_every_public_name(pages):
     named = re.findall(r'class="sig-name descname"><span class="pre">(\w+)<', pages["docs/api.html"])
     assert set(reinpp.__all__) <= set(named)

@@ -23,7 +23,7 @@ WIDER = """() => {
   return found;
 }"""
 
-SCROLLED = """() => [...document.querySelectorAll("article :is(table, .cell_output, div.math)")]
+SCROLLED = """() => [...document.querySelectorAll("article :is(table, .cell_output, .output, div.math)")]
   .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 2)
   .map(e => `${e.tagName} scrolls, ${e.scrollWidth} > ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`)"""
 
