@@ -2,14 +2,15 @@
 
 import importlib
 import inspect
-import json
 import re
 import shutil
 from importlib import metadata
 from pathlib import Path
 
+import nbformat
 import zoo
 from fastcore.docments import docments
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 import reinpp
 
@@ -33,15 +34,15 @@ def anchor(title):
 
 
 def clean(text):
-    "A notebook's JSON without hidden cells and nbdev's directives."
-    nb = json.loads(text)
+    "A notebook's JSON without hidden cells and nbdev's directives; what was printed piece by piece is one output."
+    nb, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.reads(text, 4), {})
     source = {id(cell): "".join(cell["source"]) for cell in nb["cells"]}
     nb["cells"] = [cell for cell in nb["cells"] if not re.match(r"#\|\s*hide\b", source[id(cell)])]
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
             cell["source"] = re.sub(r"(?m)^#\|.*\n*", "", source[id(cell)])
     nb["cells"] = [cell for cell in nb["cells"] if cell["cell_type"] != "code" or cell["source"].strip()]
-    return json.dumps(nb)
+    return nbformat.writes(nb)
 
 
 # ---- API

@@ -22,12 +22,11 @@ from .data.catalog import DATASETS, open_folder
 from .data.datasets import Dataset
 from .data.scenes import WEATHERS
 from .files import Between, check_choice, check_values, data_folder, runs_folder, write_atomically
-from .labels import IGNORE
 from .models.adapter_files import SETTINGS, identity, read_adapter
 from .models.segmenter import Segmenter, load_segmenter
 from .paper.experiments import Ledger, open_domain
 from .prediction import Use, read_use
-from .render import LAYERS, WEIGHTINGS, State, caption, encode, render
+from .render import LAYERS, WEIGHTINGS, State, caption, encode, regions, render
 from .training.checkpoints import ROLES, checkpoint_adapter, checkpoint_file, find_runs, read_about
 from .training.evaluation import iou_from_confusion
 from .training.looks import Look, Seen, explain, judge, look, survey
@@ -255,11 +254,7 @@ def _with_proposals(self: Explorer, adapter: str) -> Look:
     found, key = self.view(adapter), (self.state.domain, self.state.index, adapter)
     if found.proposals is None:
         made = classical(self.dataset(), self.state.index, reduction=2)
-        label = np.full(found.prediction.shape, IGNORE, np.uint8)
-        for number, mask in enumerate(made.masks.numpy()):  # largest first
-            large = mask.repeat(made.reduction, 0).repeat(made.reduction, 1)[:label.shape[0], :label.shape[1]]
-            label[large] = number % IGNORE
-        found = self.looks[key] = replace(found, proposals=label)
+        found = self.looks[key] = replace(found, proposals=regions(made))
     return found
 
 # %% ../nbs/60_explore.ipynb #5f0f9dca

@@ -196,3 +196,10 @@ def test_a_random_predictor_scores_badly():
     assert card["purity"] < 0.2 and card["confidence"] < 0.2
     assert card["entropy"] > 0.9 and card["class_entropy"] > 0.99
     assert card["density"] < constructed(collapsed)["density"]
+
+
+def test_a_run_in_two_ledgers_is_one_run():
+    "What the ledger shares with the search's folder is the same, byte for byte."
+    ledger = Ledger().folder
+    both = [file for file in (ledger / "search").glob("*.json") if (ledger / file.name).exists()]
+    assert both and all(file.read_bytes() == (ledger / file.name).read_bytes() for file in both)

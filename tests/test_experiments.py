@@ -357,8 +357,10 @@ def test_a_page_hands_on_where_proposals_lie(tmp_path, monkeypatch):
 
 
 def test_proposals_are_made_where_the_run_is_told(tmp_path):
-    adapts = dataclasses.replace(plan("tiny", "rein_a", target="night", limit_iterations=1), source="scenes:train[:2]",
-        target="scenes:night/train[:2]", evaluate_on=("scenes:night/val[:1]",))
+    adapts = plan("tiny", "rein_a", target="night", limit_iterations=1)
+    few = dict(source="scenes:train[:2]", evaluate_on=("scenes:night/val[:1]",))
+    adapts = dataclasses.replace(adapts, target="scenes:night/train[:2]", **few,
+        start=dataclasses.replace(adapts.start, **few))
     run(adapts, Ledger(tmp_path / "results"), tmp_path / "runs", cache_root=tmp_path / "cache", progress="none")
     made = sorted(p.parent.name for p in (tmp_path / "cache" / "proposals").glob("*/manifest.json"))
     assert len(made) == 2 and not (tmp_path / "runs" / "proposals").exists()

@@ -136,8 +136,15 @@ def test_one_failing_run_and_one_without_data_do_not_hinder_the_others(place, tm
     assert "is trained, and not evaluated" in said and "of training here" in said, "the estimate comes first"
 
 
-def test_a_set_that_comes_later_is_added_to_the_record(place, tmp_path, capsys):
+def test_a_set_that_comes_later_is_added_to_the_record(place, tmp_path, capsys, monkeypatch):
     "What is evaluated has its numbers at once; nothing is trained, and nothing evaluated, a second time."
+    from reinpp.paper import runs
+    seen = []
+    for name in ("_evaluate", "_score"):
+        def watched(segmenter, domain, *more, real=getattr(runs, name)):
+            seen.append(domain)
+            return real(segmenter, domain, *more)
+        monkeypatch.setattr(runs, name, watched)
     data = tmp_path / "data"
     shutil.copytree(place / "data", data, ignore=shutil.ignore_patterns("mapillary"))
     e = planned("freeze", seed=11)
@@ -159,6 +166,7 @@ def test_a_set_that_comes_later_is_added_to_the_record(place, tmp_path, capsys):
     assert whole["scores"].keys() == whole["metrics"].keys() and first["scores"].items() < whole["scores"].items()
     assert whole["metrics"]["bdd100k:val"] == first["metrics"]["bdd100k:val"]
     assert whole["training"] == first["training"] and "training freeze" not in said
+    assert seen == ["bdd100k:val"] * 2 + ["mapillary:val"] * 2, "each is evaluated once, and scored once"
 
 
 def test_preflight_names_what_each_row_lacks(place, tmp_path):

@@ -230,6 +230,15 @@ def test_readme_is_the_front_page(tmp_path):
         ROOT / "README.md").read_text(), "README.md and nbs/index.ipynb differ: make readme"
 
 
+def test_the_front_page_hides_what_it_says():
+    "Of a cell with `echo: false` the front page shows what comes out."
+    cells = [c.source for c in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells]
+    hidden = [source for source in cells if re.match(r"#\|\s*echo: false", source)]
+    lines = [line for source in hidden for line in source.splitlines()[1:] if line.strip()]
+    shown = (ROOT / "README.md").read_text().splitlines()
+    assert len(hidden) > 3 and not set(lines) & set(shown)
+
+
 def test_readme_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\((?!\w+:|#)([^)#]+)", text):

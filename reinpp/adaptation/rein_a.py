@@ -153,7 +153,7 @@ def sample(self: ReinA, key: int, seed: int) -> dict[str, Tensor]:
     x_t, _, geometry_t = self.target_transform(target)
     sample = dict(source=x_s, source_label=y_s, source_inside=geometry_s.valid, target=x_t,
                   target_inside=geometry_t.valid, draw=fold(seed, key))
-    sample["hidden"] = random_block_mask(*x_t.shape[-2:], s.mask_block, s.mask_ratio)  # 16: M <- RandomMask(): 1 - M
+    sample["hidden"] = random_block_mask(*x_t.shape[-2:], s.mask_block, s.mask_ratio)  # 16: RandomMask(), True: M = 0
     if s.use_mix: sample["mixed"], sample["pasted"] = mix_images(x_s, y_s, x_t)  # 10: x_mix
     if self.stm is not None:
         ours, theirs = self.source.actual(index), self.target.actual(other, "image")

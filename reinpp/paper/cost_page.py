@@ -174,8 +174,8 @@ def needs(model: dict, crop: int = 512, proposals: int = 100) -> dict:
     gb = {"weights": 4 * weights, "gradients": 4 * (trained + own), "AdamW": 8 * (trained + own),
         "teacher": 4 * trained, "kept": kept}
     gb |= {"at least (GB)": sum(gb.values()), "stored (GB)": 4 * trained, "backbone (GB)": 4 * counts["backbone"]}
-    said = {"trained (STM not counted)": f"{trained / 1e6:.2f} M"}
-    said |= {"adapter, of the backbone": f"{counts['percent']:.1f} %"}
+    said = {"trained (STM not counted)": f"{trained / 1e6:.2f} M",
+        "adapter, of the backbone": f"{counts['percent']:.1f} %"}
     return said | {name: value / 1e9 for name, value in gb.items()}
 
 # %% ../../nbs/57_cost_page.ipynb #5b00000c

@@ -339,10 +339,9 @@ class Ledger:
         return _read_record(path) if path.exists() else None
 
     def has(self, experiment: Experiment, data_root: str | Path | None = None) -> bool:
-        "Whether a run has a record, and it lacks no domain that can be opened here: one that could not is added later."
+        "Whether a run has a record, and it lacks no domain that can be opened here: such a one is to be added."
         record = self.get(experiment)
-        left = [d for d in experiment.evaluate_on if d not in record["metrics"]] if record else ()
-        return record is not None and all(closed(d, data_root) for d in left)
+        return bool(record) and all(d in record["metrics"] or closed(d, data_root) for d in experiment.evaluate_on)
 
     def put(self, experiment: Experiment, record: dict) -> Path:
         "Where the record is, now that it is written."

@@ -92,7 +92,11 @@ def in_order(experiments: Iterable[Experiment]) -> list[Experiment]:
 
 
 def is_made(
-    experiment: Experiment, wanted: set, ledger: Ledger, runs: Path, data_root: str | Path | None = None,
+    experiment: Experiment,
+    wanted: set[str],  # keys of the runs that are asked for
+    ledger: Ledger,
+    runs: Path,
+    data_root: str | Path | None = None,
 ) -> bool:
     "A run that is wanted has a record; a source model that is only started from has an adapter."
     if experiment.key in wanted: return ledger.has(experiment, data_root)
@@ -229,7 +233,7 @@ def submit(
     ledger, runs = ledger or Ledger(), runs_folder(runs)
     experiments = list(experiments)
     wanted = {e.key for e in experiments}
-    missing = [e for e in in_order(experiments) if not is_made(e, wanted, ledger, runs)]
+    missing = [e for e in in_order(experiments) if not is_made(e, wanted, ledger, runs, data_root)]
     jobs, plain = [], dict(timeout_min=24 * 60, name="reinpp") | (parameters or {})
     if cluster == "slurm":
         plain = dict(gpus_per_node=1, cpus_per_task=8, mem_gb=64, slurm_array_parallelism=64) | plain
@@ -257,6 +261,7 @@ def status(
     experiments: Iterable[Experiment],
     ledger: Ledger | None = None,  # None: `data/results`
     runs: str | Path | None = None,  # None: `data/runs`
+    data_root: str | Path | None = None,
 ) -> pd.DataFrame:  # run, state (done, running, failed, waiting, missing), and what there is to say
     "One line for each run, and for each source model that one waits for."
     ledger, runs = ledger or Ledger(), runs_folder(runs)
@@ -264,7 +269,7 @@ def status(
     wanted = {e.key for e in experiments}
     for e in in_order(experiments):
         number, who = last_lease(_leases(runs), e.key)
-        if is_made(e, wanted, ledger, runs): state, said = "done", ""
+        if is_made(e, wanted, ledger, runs, data_root): state, said = "done", ""
         elif who is not None and _held(_leases(runs) / f"{e.key}.{number:04d}", who, DEAD):
             state, said = "running", f"{_progress(e, runs)} on {who.get('host', 'a machine')}"
         elif who and who.get("failed"): state, said = "failed", who["failed"]

@@ -120,8 +120,7 @@ class Shown(Opened):
         "Make what is missing of the rows that were asked for; `failed` holds, by row, why one could not be made."
         runs = wanted(self.preset, {label: self.rows[label] for label in self.asked}, self.given["seeds"],
             self.train_for, self.ledger, **self.lengths, runs=self.runs)
-        given_too = "workers", "checkpointing", "cache_root"
-        options = {k: self.given[k] for k in given_too if k in self.given} | options
+        options = {k: self.given[k] for k in ("workers", "checkpointing", "cache_root") if k in self.given} | options
         why = fill(list(runs.values()), self.ledger, self.given["run_missing"], self.given["data_root"], self.runs,
             **options)
         self.failed = {label: why[e.key] for (label, *_), e in runs.items() if e.key in why}

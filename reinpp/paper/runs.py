@@ -203,14 +203,14 @@ def _evaluate(segmenter, domain, experiment, data_root):
     return {k: result[k] for k in kept} | (dict(parts=parts) if parts else {})
 
 
-def _evaluate_all(segmenter, experiment, training, folder, data_root, known):
-    """The metrics of every domain that is here, kept as they come: an evaluation of this training that was cut off, or
+def _evaluate_all(segmenter, experiment, there, training, folder, data_root, known):
+    """The metrics of the domains that are there, kept as they come: an evaluation of this training that was cut off, or
     lacked a domain, is gone on with."""
     file = folder / f"{experiment.key}.partial.json"
     kept = broadcast(json.loads(file.read_text()) if get_rank() == 0 and file.exists() else known or {})
     metrics = kept["metrics"] if kept.get("training") == training else {}
-    for domain in experiment.evaluate_on:
-        if domain in metrics or closed(domain, data_root): continue
+    for domain in there:
+        if domain in metrics: continue
         metrics[domain] = _evaluate(segmenter, domain, experiment, data_root)
         if get_rank() == 0: write_atomically(file, json.dumps(dict(training=training, metrics=metrics)).encode())
     return {domain: metrics[domain] for domain in experiment.evaluate_on if domain in metrics}
@@ -274,7 +274,7 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
         _make(experiment.start, ledger, runs, data_root, True, **options)
     folder = runs / experiment.training_key
     with locked(folder / ".run.lock", patient=get_world_size() == 1) if first else contextlib.nullcontext():
-        known, done = broadcast((ledger.get(experiment), ledger.has(experiment, data_root)))  # by another?
+        known, done = broadcast((ledger.get(experiment), ledger.has(experiment, data_root)))  # another may have made it
         if done and not (for_adapter and broadcast(find_adapter(experiment, runs)) is None): return known
         began, made_by = time.time(), commit()  # the commit that is running, whatever is committed meanwhile
         segmenter = build(experiment, runs, data_root)
@@ -286,12 +286,13 @@ def _make(experiment, ledger, runs, data_root, for_adapter, **options):
         if first: print(f"evaluating {experiment} on {', '.join(there)}", flush=True)
         for domain, error in shut.items() if first else ():
             print(f"not on {domain}, until it is here: {str(error).splitlines()[0]}", flush=True)
-        metrics = _evaluate_all(segmenter.to(device), experiment, training, folder, data_root, known)
-        scores = known.get("scores", {}) if known and known["training"] == training else {}
-        if first and experiment.data.get("scorecard", 20):
-            scores |= {d: _score(segmenter, d, experiment, data_root) for d in there if d not in scores}
-        archives = {server: write_archive(segmenter, server, experiment, training, folder, data_root)
-            for server in servers_of(experiment)}
+        metrics = _evaluate_all(segmenter.to(device), experiment, there, training, folder, data_root, known)
+        same = known if known and known["training"] == training else {}  # what this very training has already
+        scores, todo = dict(same.get("scores", {})), there if first and experiment.data.get("scorecard", 20) else ()
+        scores |= {d: _score(segmenter, d, experiment, data_root) for d in todo if d not in scores}
+        sent = {s: a for s, a in same.get("archives", {}).items() if not a.startswith("none")}
+        archives = {s: sent.get(s) or write_archive(segmenter, s, experiment, training, folder, data_root)
+            for s in servers_of(experiment)}
         start = dict(start_iterations=experiment.start.training["iterations"]) if experiment.start else {}
         if archives: start |= dict(archives=archives)
         record = dict(

@@ -211,7 +211,9 @@ def _place(folder):
     return next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
 
 # %% ../../nbs/54_tables.ipynb #dfdca139
-def _sets(domains): return list(dict.fromkeys(domain.partition(":")[0] for domain in domains))
+def _sets(*domains):
+    "Names of the data sets that domains (None: nothing) are of."
+    return list(dict.fromkeys(one.partition(":")[0] for domain in domains if domain for one in domain.split("+")))
 
 
 def _absent(name, data_root):
@@ -231,12 +233,12 @@ def lacking(
     tests: bool = True,  # also some of the sets that it is to be evaluated on; False: only what hinders it
 ) -> list[str]:
     "One line for each thing that a run lacks here; nothing is made, and no data set is read."
-    e = experiment
-    trained = [one for domain in (e.source, e.target) if domain for one in domain.split("+")]
-    lacks = [why for name in _sets(trained) if (why := _absent(name, data_root))]
-    absent = {name: _absent(name, data_root) for name in _sets(e.evaluate_on)}
-    if all(absent.values()): lacks += [why for why in absent.values() if why not in lacks]
-    elif tests: lacks += [f"no numbers on {n}: {why}" for n, why in absent.items() if why and n not in _sets(trained)]
+    e, trained_on = experiment, _sets(experiment.source, experiment.target)
+    lacks = [why for name in trained_on if (why := _absent(name, data_root))]
+    absent = {name: _absent(name, data_root) for name in _sets(*e.evaluate_on)}
+    others = {name: why for name, why in absent.items() if why and name not in trained_on}
+    if all(absent.values()): lacks += others.values()
+    elif tests: lacks += [f"no numbers on {name}: {why}" for name, why in others.items()]
     drawn = not e.model.get("pretrained", True)  # random weights: a rehearsal, on any machine
     if not drawn: lacks += filter(None, [lacking_weights(e.model["backbone"])])
     if e.method == OFFICIAL: lacks += lacking_official(data_root)

@@ -243,9 +243,9 @@ def fit(
     with _loaders_named(run), run.held(), tf32(device, precision == "bf16"), signals as signals:
         done, end, stop = run.resume(device), min(iterations, stop_at or iterations), False
         if share < batch_size: _check_same_start(objective, done, device)
-        batches = contextlib.closing(_batches(objective, done, end, batch_size, share, seed, workers, device))
+        batches = _batches(objective, done, end, batch_size, share, seed, workers, device)
         report = Progress(end, "iteration", done=done, show="none" if get_rank() else progress)
-        with batches as batches, report:
+        with contextlib.closing(batches), report:
             if 0 < done < end: report.say(f"continuing at iteration {done}")
             for iteration, batch in enumerate(run.waiting(batches), done):
                 factor = learning_rate(iteration, iterations, power, warmup)
