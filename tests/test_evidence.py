@@ -13,7 +13,7 @@ from reinpp.data.catalog import open_dataset
 from reinpp.data.datasets import take
 from reinpp.data.scenes import draw_scene
 from reinpp.labels import IDD_LITE_CLASSES, IDD_LITE_FOLD
-from reinpp.paper.experiments import PRESETS, open_domain, plan
+from reinpp.paper.experiments import PRESETS, Ledger, open_domain, plan
 from reinpp.training.evaluation import evaluate, fold_scores, scorecard
 
 IDD = Path(__file__).resolve().parents[2] / "shared" / "data" / "idd_lite"
