@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from reinpp.files import data_folder
@@ -354,6 +355,14 @@ def test_a_page_hands_on_where_proposals_lie(tmp_path, monkeypatch):
     namespace = dict(preset="tiny", run_missing=False, cache_root=str(tmp_path))
     pages.Page("table10", namespace).fill()
     assert said["cache_root"] == str(tmp_path)
+
+
+def test_a_page_cuts_no_cell_off():
+    from reinpp.paper import page as pages
+    shown, long = [], " ".join(20 * ["reason"])
+    namespace = dict(preset="tiny", run_missing=False, display=lambda table: shown.append(table.to_html()))
+    pages.Page("table10", namespace).display(pd.DataFrame(dict(status=[long]), index=[long]))
+    assert shown[-1].count(long) == 2
 
 
 def test_proposals_are_made_where_the_run_is_told(tmp_path):

@@ -104,7 +104,7 @@ class Opened:
         if self._display is None:
             from IPython.display import display
             self._display = display
-        with pd.option_context("display.max_columns", None):
+        with pd.option_context("display.max_columns", None, "display.max_colwidth", None):
             self._display(narrow(value) if hasattr(value, "columns") else value)
 
     @property
