@@ -238,7 +238,7 @@ def teach(self: ReinA, batch: dict[str, Tensor], iteration: int) -> Taught:
     if not s.use_mask or iteration < s.stm_warmup: return taught
     with self.autocast():
         said = stm(f_t, *pad(masks_t, s.limit))  # 4: (p_stm, m_stm) <- M_stm[x_t, M_SAM(x_t)]
-    label, valid = stm_label(said, inside, s.stm_least)  # 5: c_stm
+    label, valid = stm_label(said, inside, s.stm_least)  # 5: as a label map, y_stm
     targets = query_targets(said, inside) if s.stm_queries else targets_from_labels(label, stm.num_classes, valid)
     return taught._replace(c_stm=label.masked_fill(~valid, IGNORE), targets=targets)
 
@@ -308,7 +308,7 @@ def mask_branch(self: ReinA, batch: dict[str, Tensor], taught: Taught, iteration
     with self.autocast():
         output = self.segmenter(x_mask)  # 17: (p_mask, m_mask) <- M_s(x_t * M)
     losses = dict(mask=self._mask_loss(output, p_t, m_t, batch["target_inside"], taught.pseudo.q))  # 5, 18: eq. 16
-    if taught.targets is not None:  # 19: eq. 19'
+    if taught.targets is not None:  # 19: by eq. 19'
         draws = self.generators(batch, iteration, 2)
         losses["stm_mask"] = mask_classification_loss(output, taught.targets, points, draws)["total"]
     return self.learn(**losses)
