@@ -27,8 +27,8 @@ def scores(records, split):
 
 
 def planned(preset, method, target=None, **changes):
-    "A zoo's row: a preset's run over three seeds, and what the ledger has of it."
-    runs = [plan(preset, method, seed, target, **changes) for seed in range(3)]
+    "A zoo's row: a preset's run, and what the ledger has of it over seeds 0 to 9."
+    runs = [plan(preset, method, seed, target, **changes) for seed in range(10)]
     records = [record for record in map(Ledger().get, runs) if record]
     return runs[0], records
 
