@@ -201,6 +201,18 @@ def test_rows_of_other_length_are_not_compared(tmp_path, capsys):
     assert "runs of 60 and 4000 iterations: nothing is compared" in capsys.readouterr().out
 
 
+def test_figure_6_compares_the_seeds_that_all_have(tmp_path, capsys):
+    from reinpp.paper.experiments import Ledger, plan
+    ledger = Ledger(tmp_path / "results")
+    for method, seed, miou in (("rein_g", 0, .1), ("rein_g", 1, .3), ("freeze", 1, .2), ("full", 0, .2)):
+        ledger.put(e := plan("tiny", method, seed), fake_record(e, miou))
+    run("fig6", **quiet(tmp_path, "fig6", results=str(ledger.folder)))
+    assert "runs of 4000 iterations, other seeds: nothing is compared" in capsys.readouterr().out
+    ledger.put(e := plan("tiny", "full", 1), fake_record(e, .2))
+    run("fig6", **quiet(tmp_path, "fig6", results=str(ledger.folder)))
+    assert "mIoU peaks at Rein-G (20.0, 30.0, 20.0), 1 seed\n" in capsys.readouterr().out
+
+
 @pytest.fixture
 def few_scenes(tmp_path, monkeypatch):
     "The tiny preset with eight scenes to train on and one to test on, and folders of its own."
